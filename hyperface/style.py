@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['PALETTE', 'MEANING', 'CYCLE', 'use_style', 'to_uint8', 'Sheet', 'face_grid', 'publishing']
 
-# %% ../nbs/03_style.ipynb #e7dfc6f7
+# %% ../nbs/03_style.ipynb #392001ed
 import io
 
 import numpy as np
+
+from .core import DataError
 
 # %% ../nbs/03_style.ipynb #b995c967
 PALETTE = dict(blue="#0072B2", orange="#E69F00", green="#009E73", vermillion="#D55E00", purple="#CC79A7", sky="#56B4E9", yellow="#F0E442", grey="#767676", black="#222222")
@@ -28,11 +30,10 @@ def use_style(dpi:int=90 # dots per inch of pictures on a page; reports use 150
         "axes.edgecolor": "#555555", "axes.prop_cycle": cycler(color=CYCLE), "lines.linewidth": 1.8, "legend.frameon": False, "image.interpolation": "nearest",
         "svg.hashsalt": "hyperface"})
 
-# %% ../nbs/03_style.ipynb #210bbe75
+# %% ../nbs/03_style.ipynb #24eb4f9e
 def to_uint8(images # (N, 3, H, W) or (3, H, W), float in [-1, 1] (numpy or torch), or uint8 as it is
              ) -> np.ndarray: # the same with channels last, uint8 RGB
     "From the inside convention to what picture files hold. Not finite or out of range by more than 1e-3: an error."
-    from hyperface.core import DataError
     x = images.detach().cpu().numpy() if hasattr(images, "detach") else np.asarray(images)
     if x.ndim not in (3, 4) or x.shape[-3] not in (1, 3): raise DataError("images must be (N, 3, H, W) or (3, H, W)", x.shape, "Channels come first; BGR and channels-last exist in adapters only")
     if x.dtype != np.uint8:
