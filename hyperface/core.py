@@ -211,16 +211,21 @@ def file_key(path:str|Path) -> str: # 64 hexadecimal digits
     "SHA-256 of a file, read in pieces."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #715aa740
+# %% ../nbs/00_core.ipynb #15d3cef1
 def progress(iterable=None, # what to walk through; None gives a bar to `update` by hand
              desc:str="",   # what is being done
              total:int|None=None, # number of items, where it cannot be asked for
              unit:str="it", # what one item is
              ):
-    "A `tqdm` bar on standard error, silent where `HYPERFACE_PROGRESS=0`."
+    "A `tqdm` bar on standard error, silent where `HYPERFACE_PROGRESS=0`; under the runner it goes to HYPERFACE_PROGRESS_FILE."
     from tqdm.std import tqdm
-    return tqdm(iterable, desc=desc, total=total, unit=unit, mininterval=.5, dynamic_ncols=True, leave=False,
-                disable=os.environ.get("HYPERFACE_PROGRESS", "1") == "0")
+    target = os.environ.get("HYPERFACE_PROGRESS_FILE")
+    class Bar(tqdm):
+        def display(self, msg=None, pos=None):
+            if not target: return super().display(msg, pos)
+            with contextlib.suppress(OSError): Path(target).write_text(str(self) if msg is None else msg, encoding="utf-8")
+    quiet = os.environ.get("HYPERFACE_PROGRESS", "1") == "0" and not target
+    return Bar(iterable, desc=desc, total=total, unit=unit, mininterval=.5, ncols=90 if target else None, dynamic_ncols=not target, leave=False, disable=quiet)
 
 # %% ../nbs/00_core.ipynb #94b7fb22
 def git_commit() -> str|None: # short hash, with "+" if files differ from it; None outside a repository
