@@ -81,7 +81,7 @@ def _upright(im):
     try: return ImageOps.exif_transpose(im)
     except Exception: return im
 
-# %% ../../nbs/10a_images.ipynb #fe1aa34d
+# %% ../../nbs/10a_images.ipynb #d068c09b
 def _open(content:bytes, max_pixels:int):
     "A `PIL.Image` that is opened but not decoded; ValueError for other formats and too many pixels."
     import warnings
@@ -92,7 +92,9 @@ def _open(content:bytes, max_pixels:int):
         try: im = Image.open(io.BytesIO(content), formats=[f for f in FORMATS if f in Image.OPEN])
         except Image.UnidentifiedImageError:
             start = content[:64].lstrip().lower()
-            raise ValueError("it is a web page, not a picture" if start.startswith((b"<!doc", b"<html", b"<?xml")) else f"no picture format begins with {content[:8]!r}") from None
+            if start.startswith((b"<!doc", b"<html", b"<?xml")): raise ValueError("it is a web page, not a picture") from None
+            known = start.startswith((b"\xff\xd8\xff", b"\x89png", b"gif8", b"riff"))
+            raise ValueError("its header is damaged" if known else f"no picture format begins with {content[:8]!r}") from None
     if im.width*im.height > max_pixels: raise ValueError(f"it declares {im.width}x{im.height} pixels, more than {max_pixels:,}")
     if min(im.size) < 1: raise ValueError(f"it declares {im.width}x{im.height} pixels")
     return im
