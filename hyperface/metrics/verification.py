@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['pair_scores', 'check_labels', 'check_pairs', 'plot_scores', 'ROC', 'SortedPairs', 'roc', 'plot_roc', 'plot_det',
            'DET', 'det', 'Rate', 'proportion_interval', 'as_curve', 'tar_at_far', 'eer', 'auc', 'FoldAccuracy',
-           'fold_numbers', 'kfold_accuracy']
+           'fold_numbers', 'kfold_accuracy', 'val_at_far', 'StreamingROC', 'all_pairs', 'identity_weights',
+           'identity_bootstrap', 'heldout_rates', 'VerificationReport']
 
 # %% ../../nbs/40_verification.ipynb #fa0b8ddd
 import warnings
@@ -226,7 +227,7 @@ def det(scores, # (N,) numbers, higher = more alike
 
 ROC.plot = plot_roc
 
-# %% ../../nbs/40_verification.ipynb #992db870
+# %% ../../nbs/40_verification.ipynb #995d0703
 class Rate(float):
     "A float with its threshold, its interval (`low`, `high`), what the interval is, and a note."
     def __new__(cls,
@@ -242,8 +243,6 @@ class Rate(float):
         self.threshold, self.low, self.high, self.interval, self.note = float(threshold), float(low), float(high), interval, note
         self.__dict__.update(more)
         return self
-    @property
-    def error(self): return self.high - self.low
     def as_dict(self) -> dict:
         "Value, threshold, interval and note, for a table."
         return dict(value=float(self), threshold=self.threshold, low=self.low, high=self.high, interval=self.interval, note=self.note)
@@ -432,3 +431,228 @@ def kfold_accuracy(scores,       # (N,) scores, in the order of the protocol's f
         thresholds = grid[np.argmax(gain.sum(0) - gain, axis=1)]          # the first maximum is the strictest
         right = (d < thresholds[fold]) == y
     return FoldAccuracy(np.bincount(fold, weights=right, minlength=count)/sizes, thresholds, sizes, protocol)
+
+# %% ../../nbs/40_verification.ipynb #6d7bd12a
+def val_at_far(scores,       # (N,) cosine similarities, in the order of the protocol's file
+               labels,       # (N,) true = genuine
+               far:float=1e-3, # target false accept rate on the training folds
+               folds=10,     # number of contiguous folds, or (N,) fold of each pair
+               ) -> Rate:    # mean VAL, with `.std` (ddof=0), `.far` (mean FAR on the test folds), `.values`, `.fars`, `.thresholds` (squared distances)
+    "VAL@FAR of insightface's verification.py: threshold interpolated on the training folds, rate measured on the test fold."
+    if not 0 < far < 1: raise ConfigError("far must lie strictly between 0 and 1", far)
+    s, y = check_pairs(scores, labels)
+    fold, d, grid = fold_numbers(folds, len(s)), _squared_distance(s), np.arange(0, 4, .001)
+    count = fold.max() + 1
+    genuine, impostor = (np.bincount(fold[m], minlength=count) for m in (y, ~y))
+    if (genuine == 0).any() or (impostor == 0).any(): raise DataError("Every fold needs genuine and impostor pairs", dict(genuine=genuine.tolist(), impostor=impostor.tolist()), "Order the pairs as the protocol does, or pass folds=array")
+    false = _below(d, y, fold, count, grid)[:, 0]                         # (F, 4000)
+    train = (false.sum(0) - false)/(impostor.sum() - impostor)[:, None]
+    thresholds = np.array([np.interp(far, row, grid) if row.max() >= far else 0. for row in train])
+    accept = d < thresholds[fold]
+    values, fars = (np.bincount(fold[m & accept], minlength=count)/n for m, n in ((y, genuine), (~y, impostor)))
+    return Rate(values.mean(), 1 - thresholds.mean()/2, note=f"mean over {count} folds, std {values.std():.4g}, FAR reached {fars.mean():.2g}",
+                std=float(values.std()), far=float(fars.mean()), values=values, fars=fars, thresholds=thresholds)
+
+# %% ../../nbs/40_verification.ipynb #e7b6060e
+class StreamingROC:
+    "Operating points of any number of scores in constant memory: exact at the edges of bins, bracketed in between."
+    def __init__(self,
+                 low:float=-1.,      # scores below share one bin
+                 high:float=1.,      # scores at or above share one bin
+                 step:float=2.**-15, # bin width, a power of two
+                 ):
+        if not (step > 0 and np.frexp(step)[0] == .5): raise ConfigError("step must be a power of two, such as 2**-15", step)
+        first, last = low/step, high/step
+        if not (first < last and first == int(first) and last == int(last) and last - first <= 2**26): raise ConfigError("low and high must be multiples of step, low < high, at most 2**26 bins", (low, high, step))
+        self.low, self.high, self.step, self.first = float(low), float(high), float(step), int(first)
+        self.counts = np.zeros((2, int(last - first) + 2), dtype=np.int64) # impostor, genuine; bin 0: below low, last: high and up
+    def bins(self, scores) -> np.ndarray: # same shape as scores
+        "Bin of each score."
+        s = np.asarray(scores)
+        if s.dtype not in (np.float32, np.float64): s = s.astype(np.float64)
+        if s.size and not np.isfinite(s.min() + s.max()): raise DataError("scores are not finite")
+        k = np.floor(np.clip(s, self.low - self.step, self.high)*s.dtype.type(1/self.step)).astype(np.intp)
+        k -= self.first - 1
+        return k
+    def add(self, scores,     # any shape
+            genuine:bool,     # what all of them are
+            ):
+        "Count scores of one class."
+        self.counts[int(bool(genuine))] += np.bincount(self.bins(_flat(np.ravel(scores), "scores")), minlength=self.counts.shape[1])
+        return self
+    def update(self, scores, # (N,) numbers
+               labels,       # (N,) true = genuine
+               ):
+        "Count a batch of pairs; an empty batch is fine."
+        s, y = _flat(scores, "scores"), check_labels(labels)
+        if len(s) != len(y): raise DataError("scores and labels differ in length", (len(s), len(y)))
+        if len(s): self.add(s[y], True).add(s[~y], False)
+        return self
+    def merge(self, other:"StreamingROC"):
+        "Add the counts of another one with the same bins."
+        mine, theirs = ((x.low, x.high, x.step) for x in (self, other))
+        if mine != theirs: raise DataError("Counters with different bins cannot be merged", (mine, theirs), "Make both with the same low, high and step")
+        self.counts += other.counts
+        return self
+
+# %% ../../nbs/40_verification.ipynb #dc1e1bd0
+def _streaming_curve(self) -> ROC:
+    "The curve at the edges of the bins: every point of it is exact."
+    edges = self.low + self.step*np.arange(self.counts.shape[1] - 1)      # lower edges of bins 1, 2, ...
+    above = np.concatenate([np.zeros((2, 1), np.int64), np.cumsum(self.counts[:, ::-1], axis=1)], axis=1)
+    return ROC(np.concatenate([[np.inf], edges[::-1], [-np.inf]]), above[0], above[1], int(above[0, -1]), int(above[1, -1]))
+
+def _streaming_tar(self, far:float=1e-3 # target false accept rate
+                   ) -> Rate:
+    "TAR at FAR; `low` and `high` enclose what the sorted scores would have given."
+    curve = self.curve()
+    rate = tar_at_far(curve, far=far, interval=None)
+    i = min(int(np.searchsorted(curve.far, far, side="right")), len(curve) - 1)
+    return Rate(rate, rate.threshold, rate, curve.tar[i], "guaranteed", rate.note, far=rate.far)
+
+def _streaming_eer(self) -> Rate:
+    "Equal error rate; `low` and `high` enclose what the sorted scores would have given."
+    curve = self.curve()
+    value, i = eer(curve), int(np.searchsorted(curve.far - curve.frr, 0))
+    low, high = max(curve.far[i - 1], curve.frr[i]), min(curve.far[i], curve.frr[i - 1])
+    return Rate(min(max(value, low), high), value.threshold, low, high, "guaranteed")
+
+def _streaming_auc(self) -> Rate:
+    "Area under the curve; `low` and `high` enclose what the sorted scores would have given."
+    i, g = self.counts.astype(np.float64)
+    value, half = auc(self.curve()), (i*g).sum()/(2*i.sum()*g.sum())
+    return Rate(value, low=max(value - half, 0), high=min(value + half, 1), interval="guaranteed")
+
+StreamingROC.curve, StreamingROC.tar_at_far, StreamingROC.eer, StreamingROC.auc = _streaming_curve, _streaming_tar, _streaming_eer, _streaming_auc
+
+# %% ../../nbs/40_verification.ipynb #2957cf08
+def all_pairs(embeddings,        # (N, D), any length: normalised here
+              identity,          # (N,) who is on each photograph, any values
+              into:StreamingROC|None=None, # counter to add to; None = a new one
+              chunk:int=1024,    # rows of a block: memory is about 20 * chunk^2 bytes
+              part:tuple=(0, 1), # (k, n): only every n-th row of blocks, starting with the k-th
+              ) -> StreamingROC:
+    "Count the scores of all N(N-1)/2 pairs, genuine and impostor, in bounded memory (float32 products: scores to 1e-6)."
+    x = embeddings.detach().cpu().numpy() if hasattr(embeddings, "detach") else np.asarray(embeddings)
+    code = np.unique(_identities(identity, len(x)), return_inverse=True)[1]
+    order = np.argsort(code, kind="stable"); code = code[order]           # genuine pairs now lie near the diagonal
+    into = StreamingROC() if into is None else into
+    if not 0 <= part[0] < part[1]: raise ConfigError("part must be (k, n) with 0 <= k < n", part)
+    block = lambda i: _rows(x[order[i:i + chunk]], "embeddings").astype(np.float32)
+    for i in range(part[0]*chunk, len(x), part[1]*chunk):
+        rows = block(i)                                                   # (c, D)
+        for j in range(i, len(x), chunk):
+            s = rows @ (rows if i == j else block(j)).T                   # (c, c)
+            if i == j: s = np.where(np.tri(len(s), dtype=bool), np.float32(-9), s) # each pair once, nobody with themselves
+            same = (code[i:i + chunk, None] == code[None, j:j + chunk]) if code[min(i + chunk, len(x)) - 1] >= code[j] else None
+            if same is not None:
+                g = s[same]
+                into.add(g[g > -5], True); s = s[~same]
+            into.add(s[s > -5] if i == j else s, False)
+    return into
+
+def _identities(x, n:int, name="identity") -> np.ndarray:
+    "One name per row or pair, none missing."
+    import pandas as pd
+    x = np.asarray(x)
+    if x.shape != (n,): raise DataError(f"{name} must name one identity each", x.shape, f"There are {n}")
+    if pd.isna(x).any(): raise DataError(f"{name}: {int(pd.isna(x).sum())} are missing")
+    return x.astype(str) if x.dtype.kind == "O" else x
+
+# %% ../../nbs/40_verification.ipynb #a2f2b551
+def identity_weights(id_a,     # (N,) identity of the first side of each pair
+                     id_b,     # (N,) of the second side
+                     n:int,    # replicates
+                     seed:int=0,
+                     ):
+    "Yields n weightings (N,) of the pairs, each from drawing the identities with replacement."
+    a, b = _identities(id_a, len(id_a), "id_a"), _identities(id_b, len(id_a), "id_b")
+    names, code = np.unique(np.concatenate([a, b]), return_inverse=True)
+    a, b = code[:len(a)], code[len(a):]
+    for k in range(n):
+        drawn = np.bincount(rng(seed, "bootstrap over identities", k).integers(len(names), size=len(names)), minlength=len(names)).astype(np.float64)
+        yield np.where(a == b, drawn[a], drawn[a]*drawn[b])
+
+def identity_bootstrap(scores, labels,   # (N,) scores; (N,) true = genuine
+                       id_a, id_b,       # (N,) identity on either side of each pair
+                       statistic=eer,    # from a curve to a number: eer, auc, lambda c: tar_at_far(c, far=1e-3)
+                       n:int=500,        # replicates
+                       level:float=.95,  # coverage
+                       seed:int=0,       # of the draws
+                       ) -> Rate:        # the value on all pairs, percentile interval, `.samples` (n,)
+    "A figure with an interval that says how it varies with the people in the sample, not with the pairs."
+    if not 0 < level < 1 or n < 2: raise ConfigError("level must lie between 0 and 1 and n be at least 2", (level, n))
+    pairs = SortedPairs(scores, labels)
+    if len(np.asarray(id_a)) != len(pairs.order): raise DataError("scores and id_a differ in length", (len(pairs.order), len(np.asarray(id_a))))
+    wrong = (np.asarray(id_a) == np.asarray(id_b)) != check_labels(labels)
+    if wrong.any(): raise DataError(f"{wrong.sum()} labels contradict the identities; the first is pair {wrong.argmax()}", None, "Genuine means the same identity on both sides")
+    value, samples = statistic(pairs.curve()), []
+    for w in identity_weights(id_a, id_b, n, seed):
+        try: samples.append(float(statistic(pairs.curve(w))))
+        except DataError: pass                                            # a draw without genuine or impostor pairs
+    if len(samples) < n/2: raise DataError("Too few identities: most draws hold no genuine or no impostor pair", len(samples))
+    low, high = np.quantile(samples, [(1 - level)/2, (1 + level)/2])
+    note = "" if len(samples) == n else f"{n - len(samples)} of {n} draws had one class only"
+    return Rate(value, getattr(value, "threshold", np.nan), low, high, f"{level:.0%} bootstrap over identities", note, samples=np.array(samples))
+
+# %% ../../nbs/40_verification.ipynb #2b230647
+def heldout_rates(scores, labels, # (N,) scores; (N,) true = genuine
+                  id_a, id_b,     # (N,) identity on either side of each pair
+                  far:float=1e-3, # target false accept rate where the threshold is chosen
+                  folds=5,        # number of folds of identities (drawn), or a dictionary identity -> fold
+                  seed:int=0,     # of the draw of folds
+                  ) -> Rate:      # pooled TAR; `.far` is the FAR that came out, `.folds` a data frame
+    "TAR and FAR at a threshold that was chosen on other people."
+    import pandas as pd
+    s, y = check_pairs(scores, labels)
+    a, b = _identities(id_a, len(s), "id_a"), _identities(id_b, len(s), "id_b")
+    names, code = np.unique(np.concatenate([a, b]), return_inverse=True)
+    if isinstance(folds, dict):
+        missing = [n for n in names.tolist() if n not in folds]
+        if missing: raise DataError(f"{len(missing)} identities have no fold", missing[:3])
+        fold = np.unique([str(folds[n]) for n in names.tolist()], return_inverse=True)[1]
+    else: fold = rng(seed, "folds of identities").permutation(fold_numbers(folds, len(names)))
+    fa, fb = fold[code[:len(s)]], fold[code[len(s):]]
+    rows = []
+    for f in range(fold.max() + 1):
+        train, test = (fa != f) & (fb != f), (fa == f) & (fb == f)
+        t = tar_at_far(s[train], y[train], far=far, interval=None).threshold
+        accept = s[test] >= t
+        rows.append(dict(threshold=t, impostor=(~y[test]).sum(), false_accepts=(accept & ~y[test]).sum(), genuine=y[test].sum(), true_accepts=(accept & y[test]).sum()))
+    table = pd.DataFrame(rows).rename_axis("fold"); total = table.sum()
+    if not total.impostor or not total.genuine: raise DataError("No fold holds pairs of both classes", total.to_dict(), "Use fewer folds, or all pairs")
+    low, high = proportion_interval(total.true_accepts, total.genuine)
+    return Rate(total.true_accepts/total.genuine, table.threshold.mean(), low, high, "95% wilson", f"FAR {total.false_accepts/total.impostor:.2g} where {far:g} was aimed at",
+                far=total.false_accepts/total.impostor, folds=table)
+
+# %% ../../nbs/40_verification.ipynb #aa945ad8
+class VerificationReport:
+    "The figures of one set of scored pairs, and their pictures."
+    def __init__(self,
+                 scores, labels,   # (N,) scores; (N,) true = genuine
+                 folds=10,         # number of contiguous folds, (N,) fold of each pair, or None: no accuracy
+                 fars=(1e-2, 1e-3, 1e-4), # false accept rates; those below one impostor pair are left out
+                 ):
+        s, y = check_pairs(scores, labels)
+        self.scores, self.labels, self.curve = s, y, roc(s, y)
+        self.rates = {}
+        if folds is not None:
+            self.rates["accuracy (lfw)"] = kfold_accuracy(s, y, folds)
+            if np.abs(s).max() <= 1 + 1e-5: self.rates["accuracy (insightface)"] = kfold_accuracy(s, y, folds, "insightface")
+        self.rates["EER"], self.rates["AUC"] = eer(self.curve), Rate(auc(self.curve))
+        for far in fars:
+            if far*self.curve.n_impostor >= 1: self.rates[f"TAR at FAR {far:g}"] = tar_at_far(self.curve, far=far)
+    def frame(self):
+        "One row per figure: value, threshold, interval."
+        import pandas as pd
+        return pd.DataFrame({k: v.as_dict() for k, v in self.rates.items()}).T[["value", "low", "high", "threshold", "interval"]].astype({k: float for k in ("value", "low", "high", "threshold")})
+    def _repr_html_(self): return self.frame().style.format(precision=5, na_rep="").to_html()
+    def __repr__(self): return "\n".join(f"{k}: {v!r}" for k, v in self.rates.items())
+    def plot(self):
+        "Heaps, ROC and DET side by side."
+        import matplotlib.pyplot as plt
+        fig, axes = plt.subplots(1, 3, figsize=(11, 3.1), gridspec_kw=dict(width_ratios=[1.3, 1, 1]))
+        plot_scores(self.scores, self.labels, axes[0], threshold=self.rates["EER"].threshold)
+        plot_roc(self.curve, axes[1], color=MEANING["ours"]); plot_det(self.curve, axes[2], color=MEANING["ours"])
+        for ax, title in zip(axes, ("Scores", "ROC", "DET")): ax.set_title(title)
+        return fig
