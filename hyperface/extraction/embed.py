@@ -403,7 +403,7 @@ def prefetched(function,      # called in a thread with one index
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../../nbs/21_embed.ipynb #d733de0f
+# %% ../../nbs/21_embed.ipynb #c7aca6c1
 def _stored(records, i):
     "The bytes that image i is made of: of its file, or of its pixels."
     rows = getattr(records, "rows", None)
@@ -415,7 +415,7 @@ def _digest(records, i):
     "A hash of image i as stored."
     import hashlib
     stored = _stored(records, i)
-    return hashlib.blake2b(stored if isinstance(stored, bytes) else str(stored.shape).encode() + np.ascontiguousarray(stored).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(stored if isinstance(stored, bytes) else str(stored.shape).encode() + np.ascontiguousarray(stored).tobytes(), digest_size=16).hexdigest().encode()
 
 def _crop(records, i, size):
     "Image i as (3, size, size) float32 in [-1, 1]."
@@ -423,18 +423,32 @@ def _crop(records, i, size):
     pixels = fit_image(records.pixels(i), size)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)/np.float32(127.5) - np.float32(1)
 
-# %% ../../nbs/21_embed.ipynb #e13b6d75
-def _chunk_path(records, embedder, rows, workers):
-    "Where the vectors of these rows are kept: named by the bytes of the images and the embedder."
-    digests = list(prefetched(lambda i: _digest(records, i), rows, workers))
-    return cache_dir(f"embeddings/{embedder.key}")/f"{content_key(*(d if isinstance(d, bytes) else repr(d) for d in digests))}.npy"
+# %% ../../nbs/21_embed.ipynb #82d20b2e
+def _recall(folder, # cache of one embedder
+            wanted, # set of digests
+            dim:int, # of the vectors
+            ) -> dict:
+    "Vectors that were computed before, by digest; damaged files are removed."
+    found = {}
+    for file in sorted(folder.glob("*.npz")):
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                digests = kept["digests"].tolist()
+                rows = [k for k, d in enumerate(digests) if d in wanted]
+                vectors = kept["vectors"][rows] if rows else np.zeros((0, dim), np.float32)
+            if vectors.shape != (len(rows), dim) or not abs(np.linalg.norm(vectors, axis=1) - 1).max(initial=0) < 1e-3: raise ValueError("not unit vectors")
+        except Exception: file.unlink(missing_ok=True); continue
+        found.update(zip((digests[k] for k in rows), vectors))
+    return found
 
-def _read_chunk(path, n, dim):
-    "A finished chunk, or None."
-    try: v = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError): return None
-    return v if v.shape == (n, dim) and v.dtype == np.float32 and abs(np.linalg.norm(v, axis=1) - 1).max(initial=0) < 1e-3 else None
+def _keep(folder, digests, vectors):
+    "One file of finished vectors, atomically; those of images that could not be decoded are left out."
+    good = np.isfinite(vectors).all(1)
+    if not good.any(): return
+    digests = np.array(digests, dtype="S32")[good]
+    with atomic_path(folder/f"{content_key(digests)}.npz") as temporary, open(temporary, "wb") as f: np.savez(f, digests=digests, vectors=vectors[good])
 
+# %% ../../nbs/21_embed.ipynb #e5af6cdc
 def _embed_batch(embedder, images, names, on_error, reasons):
     "Vectors of one batch; images that could not be decoded raise, or give a row of NaN and a reason."
     good = [k for k, x in enumerate(images) if not isinstance(x, Exception)]
@@ -447,41 +461,36 @@ def _embed_batch(embedder, images, names, on_error, reasons):
     except DataError as e: raise DataError(f"{e.problem} (images {names[0]} to {names[-1]})", e.value, e.remedy) from e
     return out
 
-# %% ../../nbs/21_embed.ipynb #258678d6
+# %% ../../nbs/21_embed.ipynb #699866b3
 def embed_records(records,                 # `Records` of aligned faces
                   embedder="linear",       # an Embedder, or what `load_embedder` takes
                   batch_size:int=64,       # images decoded and handed over together
                   cache:bool=True,         # keep finished chunks in runs/cache/embeddings and take them from there
                   on_error:str="raise",    # or "skip": leave out what cannot be decoded, listed in `.report`
                   workers:int|None=None,   # decoding threads; None: one per processor, four at most
-                  chunk:int=1024,          # images in one cache file
+                  chunk:int=1024,          # vectors in one cache file: what a kill can cost
                   ) -> Embeddings:
     "Embed a data set with progress; resumes after a kill, decodes while the network computes."
     if on_error not in ("raise", "skip"): raise ConfigError("on_error must be raise or skip", on_error)
     if batch_size < 1 or chunk < 1: raise ConfigError("batch_size and chunk must be at least 1", (batch_size, chunk))
     embedder, n = load_embedder(embedder), len(records)
     workers, names = workers or min(4, cpu_count()), records.table["image"].astype(str).tolist()
-    spans = [range(a, min(a + chunk, n)) for a in range(0, n, chunk)]
-    paths = [_chunk_path(records, embedder, s, workers) if cache else None for s in spans]
-    kept = [_read_chunk(p, len(s), embedder.dim) if p else None for p, s in zip(paths, spans)]
-    todo = [s for s, v in zip(spans, kept) if v is None]
-    stream = prefetched(lambda i: _crop(records, i, embedder.size), (i for s in todo for i in s), workers, ahead=4*batch_size)
-    reasons, bar = {}, progress(desc=f"embedding with {embedder.name}", total=sum(map(len, todo)), unit="face")
+    folder, out, reasons = cache_dir(f"embeddings/{embedder.key}"), np.full((n, embedder.dim), np.nan, np.float32), {}
+    digests = list(prefetched(lambda i: _digest(records, i), range(n), workers)) if cache else [None]*n
+    known = _recall(folder, {d for d in digests if isinstance(d, bytes)}, embedder.dim) if cache else {}
+    for i, d in enumerate(digests):
+        if isinstance(d, bytes) and d in known: out[i] = known[d]
+    todo = [i for i, d in enumerate(digests) if not (isinstance(d, bytes) and d in known)]
+    stream, bar = prefetched(lambda i: _crop(records, i, embedder.size), todo, workers, ahead=4*batch_size), progress(desc=f"embedding with {embedder.name}", total=len(todo), unit="face")
     try:
-        for k, span in enumerate(spans):
-            if kept[k] is not None: continue
-            parts = []
-            for a in range(0, len(span), batch_size):
-                images = [next(stream) for _ in span[a:a + batch_size]]
-                parts.append(_embed_batch(embedder, images, [names[i] for i in span[a:a + batch_size]], on_error, reasons)); bar.update(len(images))
-            kept[k] = np.concatenate(parts)
-            if paths[k] and np.isfinite(kept[k]).all(): _write_chunk(paths[k], kept[k])
+        for start in range(0, len(todo), chunk):
+            part = todo[start:start + chunk]
+            for rows in (part[a:a + batch_size] for a in range(0, len(part), batch_size)):
+                out[rows] = _embed_batch(embedder, [next(stream) for _ in rows], [names[i] for i in rows], on_error, reasons)
+                bar.update(len(rows))
+            if cache: _keep(folder, [d if isinstance(d, bytes) else b"" for d in (digests[i] for i in part)], out[part])
     finally: bar.close(); stream.close()
-    return _collect(records, embedder, np.concatenate(kept) if kept else np.zeros((0, embedder.dim), np.float32), reasons)
-
-def _write_chunk(path, vectors):
-    "One finished chunk, atomically."
-    with atomic_path(path) as temporary, open(temporary, "wb") as f: np.save(f, vectors)
+    return _collect(records, embedder, out, reasons)
 
 def _collect(records, embedder, vectors, reasons):
     "Vectors and table together, without the rows that failed; the report says which."
