@@ -8,12 +8,13 @@ __all__ = ['OUTLIER', 'SAME_PERSON', 'NEAR_DUPLICATE', 'plant_faults', 'identity
            'count_scores', 'similarity_distributions', 'plot_similarities', 'uniqueness', 'consistency', 'diversity',
            'near_duplicates', 'Leakage', 'leakage', 'NoiseReport', 'noise_report', 'precision_recall_of']
 
-# %% ../../nbs/43_quality.ipynb #f2b1c118
+# %% ../../nbs/43_quality.ipynb #3d9865f4
 from dataclasses import dataclass, field
 
 import numpy as np, pandas as pd
 
 from ..core import DataError, progress, rng, write_json
+from ..sphere.geometry import class_index, class_sums, unit
 
 # %% ../../nbs/43_quality.ipynb #dcebd0bb
 def plant_faults(embeddings,        # (N, D) unit rows
@@ -46,41 +47,21 @@ def plant_faults(embeddings,        # (N, D) unit rows
                  copies=sorted((int(s), len(codes) + k) for k, s in enumerate(source)))
     return x, label, truth
 
-# %% ../../nbs/43_quality.ipynb #cff3ad4c
-def _unit(embeddings, name:str="embeddings") -> np.ndarray:
-    "Rows as float32 of unit norm; refuses anything that has no direction."
-    x = embeddings.detach().cpu().numpy() if hasattr(embeddings, "detach") else np.asarray(embeddings)
-    if x.ndim != 2 or 0 in x.shape: raise DataError(f"{name} must be a filled array (N, D)", x.shape, "One row is one picture")
-    if x.dtype.kind not in "fiu": raise DataError(f"{name} must be numbers", str(x.dtype))
-    if x.dtype != np.float32: x = x.astype(np.float64)
-    largest = np.abs(x).max(1)                                          # (N,)
-    bad = np.flatnonzero(~np.isfinite(largest) | (largest == 0))
-    if len(bad): raise DataError(f"{name}: row {bad[0]} is zero or not finite ({len(bad)} such rows)", x[bad[0], :4].tolist(), "Drop these rows: no face was embedded there")
-    x = x/largest[:, None]
-    return (x/np.sqrt(np.einsum("nd,nd->n", x, x))[:, None]).astype(np.float32)
+# %% ../../nbs/43_quality.ipynb #56738591
+def _unit(embeddings, name:str="embeddings") -> np.ndarray: # (N, D) float32
+    "Rows of unit norm, at least one; refuses anything that has no direction."
+    x = unit(embeddings, name).astype(np.float32, copy=False)
+    if x.ndim != 2 or not len(x): raise DataError(f"{name} must be a filled array (N, D)", x.shape, "One row is one picture")
+    return x
 
 def _group(identity, n:int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Labels as codes (N,), names (C,) in order, and counts (C,)."
-    label = np.asarray(identity, dtype=object).ravel() if not isinstance(identity, np.ndarray) else identity
-    if label.shape != (n,): raise DataError("identity must have one label for each embedding", label.shape, f"There are {n} embeddings")
-    codes, names = pd.factorize(label)
-    if (codes < 0).any(): raise DataError("identity has missing labels", int((codes < 0).sum()), "Drop the rows without a label")
-    try: rank = np.argsort(names, kind="stable")
-    except TypeError: rank = np.arange(len(names))                      # labels of mixed type keep their order
-    codes = np.argsort(rank)[codes]
-    return codes, names[rank], np.bincount(codes, minlength=len(names))
+    names, codes, counts = class_index(identity, n)
+    return codes, names, counts
 
-def _sums(x:np.ndarray, codes:np.ndarray, n:int, weight:np.ndarray|None=None) -> np.ndarray:
-    "Sums of the rows of each group, (C, D) float64, read in blocks."
-    total = np.zeros((n, x.shape[1]))
-    order = np.argsort(codes, kind="stable")
-    for i in range(0, len(x), 16384):
-        rows = order[i:i + 16384]
-        present, start = np.unique(codes[rows], return_index=True)
-        block = x[rows].astype(np.float64)
-        if weight is not None: block *= weight[rows, None]
-        total[present] += np.add.reduceat(block, start, axis=0)
-    return total
+def _sums(x:np.ndarray, codes:np.ndarray, n:int, weight:np.ndarray|None=None) -> np.ndarray: # (C, D) float64
+    "Sums of the rows of each group, weighted if asked for."
+    return class_sums(x if weight is None else x*np.asarray(weight, np.float32)[:, None], codes, n)
 
 # %% ../../nbs/43_quality.ipynb #9e871008
 def identity_features(embeddings,    # (N, D)
@@ -366,7 +347,7 @@ def similarity_distributions(embeddings,               # (N, D)
             _tally(hist[kind], moments[kind], np.einsum("nd,nd->n", x[a], x[b]))
     return Similarities(hist[0], hist[1], not all(exact), dict(genuine=tuple(moments[0]), impostor=tuple(moments[1])))
 
-# %% ../../nbs/43_quality.ipynb #606a4e01
+# %% ../../nbs/43_quality.ipynb #9aa46345
 def plot_similarities(similarities:Similarities, # what `similarity_distributions` returned
                       ax=None,                   # matplotlib axes; None makes new ones
                       title:str="",              # above the picture
@@ -378,12 +359,12 @@ def plot_similarities(similarities:Similarities, # what `similarity_distribution
     x, both, s = similarities.centres, [], separability(similarities)
     for kind in ("impostor", "genuine"):
         y = similarities.density(kind); both.append(y)
-        ax.plot(x, y, color=MEANING[kind], label=f"{kind} ({s[kind + '_pairs']:,})")
+        ax.plot(x, y, color=MEANING[kind], label=f"{kind} ({s[kind + '_pairs']:,.0f})")
     ax.fill_between(x, np.minimum(*both), color="k", alpha=.35, lw=0)
     seen = np.flatnonzero(np.nansum(both, 0) > 1e-3*np.nanmax(both))
-    if len(seen): ax.set_xlim(x[seen[0]] - .05, min(x[seen[-1]] + .05, 1.02))
+    if len(seen): ax.set_xlim(x[seen[0]] - .05, min(x[seen[-1]] + .2, 1.2))
     ax.set(xlabel="cosine similarity", yticks=[], ylim=(0, None), title=f"{title} overlap {s.overlap_rate:.3%}, EER {s.eer_rate:.3%}".strip())
-    ax.legend(); return ax
+    ax.legend(loc="upper right"); return ax
 
 # %% ../../nbs/43_quality.ipynb #c75395f7
 def uniqueness(features,                     # (C, D) one feature for each identity
