@@ -254,7 +254,7 @@ class Ticker:
             text = f"        {name} {time.time() - since:4.0f} s  {bar}"
             with self.lock: print(f"\r\033[K{text[:110]}" if self.tty else text, end="" if self.tty else "\n", flush=True)
 
-# %% ../nbs/90_pipeline.ipynb #c06e92a7
+# %% ../nbs/90_pipeline.ipynb #618ad089
 def reproduce(profile:str="quick",   # a profile's name or YAML file
               seed:int=0,            # every draw of the run derives from it
               only:list[str]|None=None, # names, starts of names or globs; None is everything
@@ -267,9 +267,11 @@ def reproduce(profile:str="quick",   # a profile's name or YAML file
               ) -> dict:             # what run.json holds
     "Bring the chosen pages and all they need up to date, then write `run.json` and `index.html`."
     sizes = load_profile(profile)
+    data_dir(), models_dir()                                            # a folder that is not there is refused before anything runs
     if jobs < 1: raise ConfigError("jobs must be at least 1", jobs)
     if data: os.environ["HYPERFACE_DATA"] = str(Path(data).expanduser().resolve())
     if models: os.environ["HYPERFACE_MODELS"] = str(Path(models).expanduser().resolve())
+    data_dir(), models_dir()                                            # a folder that is not there is refused before anything runs
     out = Path(out).expanduser().resolve() if out else project_root()/"reports"/sizes.name
     steps = find_steps(folder)
     names, asked = choose(steps, only)
@@ -325,7 +327,7 @@ def _finish(steps, out, parameters, sizes, records, started, fresh) -> dict:
         if not records and (out/"run.json").exists(): summary = read_json(out/"run.json") | dict(ran=[], fresh=fresh)
         write_json(out/"run.json", summary)
         build_page(out)
-    return summary
+    return summary | dict(out=str(out))
 
 # %% ../nbs/90_pipeline.ipynb #6168121a
 def status(profile:str="quick", seed:int|None=None, data:str="", models:str="", out:str|Path|None=None, folder:str|Path|None=None):

@@ -1,0 +1,35 @@
+"""Shared by all tests: quiet progress bars, one thread a worker, real data where it is."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("HYPERFACE_PROGRESS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HYPERFACE_THREADS", "1")
+
+
+def _real(variable: str, *inside: str) -> Path:
+    folder = os.environ.get(variable, "").strip()
+    path = Path(folder, *inside) if folder else None
+    if path is None or not path.exists():
+        pytest.skip(f"{variable} is not set or holds no {'/'.join(inside) or 'folder'}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def lfw() -> Path:
+    "The folder of aligned LFW."
+    return _real("HYPERFACE_DATA", "lfw")
+
+
+@pytest.fixture(scope="session")
+def arcface() -> Path:
+    "A real ArcFace model."
+    return _real("HYPERFACE_MODELS", "w600k_mbf_dequant_fp32.onnx")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
