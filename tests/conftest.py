@@ -33,3 +33,14 @@ def arcface() -> Path:
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def smoke_report(tmp_path_factory) -> Path:
+    "The whole paper at the `smoke` profile, run once for all tests that look at it (they share one xdist group)."
+    import subprocess
+    import sys
+    out = tmp_path_factory.mktemp("smoke")
+    done = subprocess.run([sys.executable, "-m", "hyperface.cli", "reproduce", "--profile", "smoke", "--out", str(out)], capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return out
