@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORDS', 'NUMBERS', 'STANDARD', 'GENDERS', 'Source', 'ArraySource', 'inside', 'FileSource', 'standard_table',
            'Skipped', 'tolerate', 'row_positions', 'Records', 'records_from_arrays', 'source_rows', 'select_records',
-           'read_images', 'read_batches', 'describe', 'preview', 'show_records', 'file_name', 'write_images',
-           'save_records', 'load_records']
+           'read_images', 'read_batches', 'readable_records', 'describe', 'preview', 'show_records', 'file_name',
+           'write_images', 'save_records', 'load_records']
 
 # %% ../../nbs/10_records.ipynb #84ede034
 import os, re
@@ -155,7 +155,7 @@ def row_positions(table:pd.DataFrame, # of the records
     if which.min() < -n or which.max() >= n: raise DataError(f"Position outside 0..{n - 1}", int(which.max() if which.max() >= n else which.min()))
     return np.where(which < 0, which + n, which).astype(np.int64)
 
-# %% ../../nbs/10_records.ipynb #171fdd72
+# %% ../../nbs/10_records.ipynb #552ee666
 class Records:
     "A table of images with a lazy reader of their pixels."
     def __init__(self, table:pd.DataFrame, # what `standard_table` made
@@ -219,6 +219,10 @@ class Records:
                 ):                    # yields (indices (B,), images (B, 3, H, W))
         "All images in order, a batch at a time."
         return read_batches(self, batch_size, size, ahead)
+    def readable(self, on_error:str="skip" # "raise" stops at the first damaged image
+                 ) -> "Records":
+        "Decode every image and keep those that can be; the others are listed in `.skipped`."
+        return readable_records(self, on_error)
 
 # %% ../../nbs/10_records.ipynb #eb8cfd97
 def records_from_arrays(images, name:str, columns:dict) -> Records:
@@ -283,6 +287,20 @@ def _read_ahead(records, parts, size, ahead):
                 part, job = waiting.popleft(); yield part, job.result()
         for part, job in waiting: yield part, job.result()
     finally: pool.shutdown(wait=True, cancel_futures=True)
+
+# %% ../../nbs/10_records.ipynb #e1909dfe
+def readable_records(records:Records, on_error:str="skip") -> Records:
+    "`Records.readable`."
+    skipped, keep = Skipped(records.skipped), np.ones(len(records), bool)
+    for i, row in enumerate(progress(source_rows(records, slice(None)), f"checking {records.name}", unit="img")):
+        try: records.source.pixels(int(row))
+        except DataError as e:
+            keep[i] = False
+            tolerate(on_error, skipped, records.source.where(int(row)), e)
+    if keep.all(): return records
+    out = select_records(records, keep)
+    out.skipped = skipped
+    return out
 
 # %% ../../nbs/10_records.ipynb #b4645207
 def describe(records:Records) -> str:
