@@ -145,13 +145,13 @@ def ratio_interval(c:Confusion,            # the counts
         method = "redrawn counts"
     return Rate(value, math.nan if c.threshold is None else c.threshold, low, high, f"{level:.0%} {method}")
 
-# %% ../../nbs/41_confusion.ipynb #5cdc3614
+# %% ../../nbs/41_confusion.ipynb #4ff27f8a
 def plot_matrix(matrix,          # (R, C) counts or other numbers, not negative
                 rows,            # R names, on the left
                 columns,         # C names, at the bottom
                 ax=None,         # matplotlib axes, or None for new ones
                 shares=None,     # (R, C) numbers in [0, 1] that colour the boxes; None = share of the row
-                fmt="{:,}",      # how the number in a box is written
+                fmt="{:,}".format, # how the number in a box is written: a function
                 ):
     "A matrix as a heat map with its numbers in the boxes."
     import matplotlib.pyplot as plt
@@ -161,7 +161,7 @@ def plot_matrix(matrix,          # (R, C) counts or other numbers, not negative
     if shares is None: shares = m/np.maximum(m.sum(1, keepdims=True), 1e-300)
     ax.imshow(np.ma.masked_invalid(np.asarray(shares, dtype=float)), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (r, k), value in np.ndenumerate(m):
-        ax.text(k, r, fmt.format(value.item()), ha="center", va="center", color="white" if shares[r, k] > .55 else "#222222")
+        ax.text(k, r, fmt(value.item()), ha="center", va="center", color="white" if shares[r, k] > .55 else "#222222")
     ax.set_xticks(range(len(columns)), columns); ax.set_yticks(range(len(rows)), rows)
     ax.grid(False); ax.tick_params(length=0)
     for side in ax.spines.values(): side.set_visible(False)

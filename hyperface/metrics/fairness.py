@@ -207,7 +207,7 @@ def _bootstrap(result:Fairness, id_a, id_b, far, n:int, seed:int, level:float=.9
         low, high = np.quantile(x, [(1 - level)/2, (1 + level)/2])
         result.summary[k] = Rate(value, low=low, high=high, interval=f"{level:.0%} bootstrap over identities", samples=x)
 
-# %% ../../nbs/42_fairness.ipynb #0e444bb3
+# %% ../../nbs/42_fairness.ipynb #9776dde1
 def plot_group_det(result:Fairness, # what `fairness` returns
                    ax=None,         # matplotlib axes, or None for new ones
                    ):
@@ -215,25 +215,25 @@ def plot_group_det(result:Fairness, # what `fairness` returns
     import matplotlib.pyplot as plt
     from scipy.special import ndtri
     ax = plt.subplots(figsize=(4.8, 4.2))[1] if ax is None else ax
-    least = .5
+    least = [.5, .5]
     for k, name in enumerate(result.groups):
         mask = (result.a == k) & (result.b == k)
         if len(np.unique(result.labels[mask])) < 2: continue              # no curve without both classes
         curve = roc(result.scores[mask], result.labels[mask])
         floor = .5/curve.n_impostor, .5/curve.n_genuine
-        least = min(least, *floor)
+        least = np.minimum(least, floor)
         point = lambda i: (ndtri(np.clip(curve.far[i], floor[0], .9999)), ndtri(np.clip(curve.frr[i], floor[1], .9999)))
         ax.step(*point(_thin(curve, 2000)), where="post", color=CYCLE[k % len(CYCLE)], label=name, lw=1.5)
         ax.plot(*point(curve.index(result.threshold)), "o", color=CYCLE[k % len(CYCLE)], ms=7, mec="white")
     ticks = np.array([1e-6, 1e-5, 1e-4, 1e-3, .01, .05, .2, .5])
     for axis in (ax.xaxis, ax.yaxis): axis.set_ticks(ndtri(ticks), [f"{v:g}" for v in ticks])
-    ax.set(xlabel="false match rate", ylabel="false non-match rate", xlim=(ndtri(least), ndtri(.5)), ylim=(ndtri(least), ndtri(.5)))
+    ax.set(xlabel="false match rate", ylabel="false non-match rate", xlim=(ndtri(least[0]), ndtri(.5)), ylim=(ndtri(least[1]) - .05, ndtri(.5)))
     if ax.lines: ax.legend()
     return ax
 
 Fairness.plot_det = plot_group_det
 
-# %% ../../nbs/42_fairness.ipynb #a6d6746c
+# %% ../../nbs/42_fairness.ipynb #d878c116
 def plot_cross(result:Fairness, # what `fairness` returns
                ax=None,         # matplotlib axes, or None for new ones
                ):
@@ -241,7 +241,7 @@ def plot_cross(result:Fairness, # what `fairness` returns
     m = result.cross.to_numpy()
     top = np.nanmax(m, initial=0)
     with np.errstate(divide="ignore"): shares = np.clip(1 + np.log10(m/top)/3, 0, 1) if top > 0 else np.zeros_like(m)
-    ax = plot_matrix(m, result.groups, result.groups, ax, shares=np.nan_to_num(shares), fmt="{:.1e}")
+    ax = plot_matrix(m, result.groups, result.groups, ax, shares=np.nan_to_num(shares), fmt=lambda v: "n.a." if math.isnan(v) else f"{v:.1e}" if v else "0")
     ax.set_title("FMR between groups", fontsize=10)
     return ax
 
@@ -256,7 +256,7 @@ def plot_gaps(result:Fairness, # what `fairness` returns
         ax.hlines(y, table[f"{name} low"], table[f"{name} high"], color=colour, lw=3, alpha=.4)
         ax.plot(table[name], y, "o", color=colour)
         ax.axvline(overall, color=MEANING["bound"], ls="--", lw=1)
-        ax.set_yticks(y, result.groups); ax.set(title=name, ylim=(-.6, len(y) - .4)); ax.invert_yaxis(); ax.set_xlim(left=0)
+        ax.set_yticks(y, result.groups); ax.set(title=name, xlabel="rate", ylim=(-.6, len(y) - .4)); ax.invert_yaxis(); ax.set_xlim(left=0)
     return axes
 
 Fairness.plot_cross, Fairness.plot = plot_cross, plot_gaps

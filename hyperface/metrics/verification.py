@@ -8,18 +8,24 @@ __all__ = ['pair_scores', 'check_labels', 'check_pairs', 'plot_scores', 'ROC', '
            'fold_numbers', 'kfold_accuracy', 'val_at_far', 'StreamingROC', 'all_pairs', 'identity_weights',
            'identity_bootstrap', 'heldout_rates', 'VerificationReport']
 
-# %% ../../nbs/40_verification.ipynb #fa0b8ddd
+# %% ../../nbs/40_verification.ipynb #8611617e
 import warnings
 
 import numpy as np
 
-from ..core import ConfigError, DataError, rng
+from ..core import ConfigError, DataError, progress, rng
 from ..style import MEANING
 
-# %% ../../nbs/40_verification.ipynb #1b8b6739
+# %% ../../nbs/40_verification.ipynb #badb5758
+def _array(x) -> np.ndarray:
+    "An array from a list, a series, an array or a tensor on any device."
+    if not hasattr(x, "detach"): return np.asarray(x)
+    x = x.detach().cpu()
+    return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
+
 def _rows(x, name:str) -> np.ndarray:
     "Rows of a 2-D array in float64, checked."
-    x = x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
+    x = _array(x)
     if x.ndim != 2 or x.dtype.kind not in "fiu": raise DataError(f"{name} must be a two-dimensional array of numbers (N, D)", (x.shape, str(x.dtype)))
     x = x.astype(np.float64)
     norm = np.linalg.norm(x, axis=1)
@@ -40,10 +46,10 @@ def pair_scores(a,             # (N, D) embeddings, any length: they are normali
         score[i:i + chunk] = np.where(near <= far, 1 - near/2, far/2 - 1)
     return score
 
-# %% ../../nbs/40_verification.ipynb #788b8b6e
+# %% ../../nbs/40_verification.ipynb #346a26a4
 def _flat(x, name:str) -> np.ndarray:
     "A one-dimensional array from a list, a series, an array or a tensor."
-    x = x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
+    x = _array(x)
     if x.ndim != 1: raise DataError(f"{name} must be one-dimensional, one per pair", x.shape)
     if x.dtype.kind == "O":
         try: x = x.astype(np.float64)
@@ -73,6 +79,14 @@ def check_pairs(scores, # (N,) numbers, higher = more alike
     if bad.any(): raise DataError(f"{bad.sum()} of {len(s)} scores are not finite; the first is pair {bad.argmax()}", s[bad.argmax()],
                                   "Give a pair that could not be compared the lowest score there is, or leave it out and say so")
     return s, y
+
+def _identities(x, n:int, name="identity") -> np.ndarray:
+    "One name per row or pair, none missing."
+    import pandas as pd
+    x = np.asarray(x)
+    if x.shape != (n,): raise DataError(f"{name} must hold one name each", x.shape, f"There are {n}")
+    if pd.isna(x).any(): raise DataError(f"{name}: {int(pd.isna(x).sum())} are missing")
+    return x.astype(str) if x.dtype.kind == "O" else x
 
 # %% ../../nbs/40_verification.ipynb #ce592f51
 def plot_scores(scores,        # (N,) numbers, higher = more alike
@@ -170,7 +184,7 @@ def roc(scores, # (N,) numbers, higher = more alike
     "The receiver operating characteristic, with every distinct score as a threshold."
     return SortedPairs(scores, labels).curve()
 
-# %% ../../nbs/40_verification.ipynb #7c695ef7
+# %% ../../nbs/40_verification.ipynb #3172da46
 def plot_roc(curve:ROC,       # what `roc` returns
              ax=None,         # matplotlib axes, or None for new ones
              label:str|None=None, # for the legend
@@ -207,8 +221,8 @@ def plot_det(curve:ROC,       # what `roc` or `det` returns
     ax.step(x, y, where="post", label=label, **style)
     ticks = np.array([1e-6, 1e-5, 1e-4, 1e-3, .01, .05, .2, .5, .8])
     for axis in (ax.xaxis, ax.yaxis): axis.set_ticks(ndtri(ticks), [f"{t:g}" for t in ticks])
-    low = min([ndtri(min(least))] + ([ax.get_xlim()[0]] if len(ax.lines) > 1 else []))
-    ax.set(xlabel="false accept rate", ylabel="false reject rate", xlim=(low, ndtri(.8)), ylim=(low, ndtri(.8)))
+    left, down = (min([ndtri(m)] + ([now] if len(ax.lines) > 1 else [])) for m, now in zip(least, (ax.get_xlim()[0], ax.get_ylim()[0])))
+    ax.set(xlabel="false accept rate", ylabel="false reject rate", xlim=(left, ndtri(.8)), ylim=(down, ndtri(.8)))
     if label: ax.legend()
     return ax
 
@@ -227,7 +241,7 @@ def det(scores, # (N,) numbers, higher = more alike
 
 ROC.plot = plot_roc
 
-# %% ../../nbs/40_verification.ipynb #995d0703
+# %% ../../nbs/40_verification.ipynb #5032ed1c
 class Rate(float):
     "A float with its threshold, its interval (`low`, `high`), what the interval is, and a note."
     def __new__(cls,
@@ -247,8 +261,8 @@ class Rate(float):
         "Value, threshold, interval and note, for a table."
         return dict(value=float(self), threshold=self.threshold, low=self.low, high=self.high, interval=self.interval, note=self.note)
     def __repr__(self):
-        text = f"{float(self):.4g}"
-        if np.isfinite(self.low + self.high): text += f" [{self.low:.4g}, {self.high:.4g}]" + (f" ({self.interval})" if self.interval else "")
+        text = f"{float(self):.5g}"
+        if np.isfinite(self.low + self.high): text += f" [{self.low:.5g}, {self.high:.5g}]" + (f" ({self.interval})" if self.interval else "")
         if not np.isnan(self.threshold): text += f" at threshold {self.threshold:.4g}"
         return text + (f"; {self.note}" if self.note else "")
     __str__ = __repr__
@@ -345,7 +359,7 @@ def auc(scores,      # (N,) scores, or a curve
     fa, ta = np.asarray(curve.false_accepts, dtype=np.float64), np.asarray(curve.true_accepts, dtype=np.float64)
     return float(np.sum(np.diff(fa)*(ta[1:] + ta[:-1]))/(2*float(curve.n_genuine)*float(curve.n_impostor)))
 
-# %% ../../nbs/40_verification.ipynb #48ea5200
+# %% ../../nbs/40_verification.ipynb #897c2a2d
 class FoldAccuracy(Rate):
     "Mean accuracy over folds (a float), with `.std` (ddof=0), `.standard_error` (ddof=1, over root n), `.accuracies`, `.thresholds`."
     def __new__(cls, accuracies, # (F,) accuracy of each fold
@@ -379,15 +393,14 @@ def fold_numbers(folds,   # number of contiguous folds, or (N,) the fold of each
                  ) -> np.ndarray: # (N,) 0..F-1
     "Fold of each pair. A number gives contiguous folds that differ by at most one pair, the longer ones first (`KFold` without shuffling)."
     if np.ndim(folds) == 0:
-        if int(folds) != folds or not 2 <= folds <= n: raise ConfigError(f"folds must be a whole number from 2 to the number of pairs ({n}), or an array", folds)
+        if not isinstance(folds, (int, float, np.number)) or folds != folds//1 or not 2 <= folds <= n: raise ConfigError(f"folds must be a whole number from 2 to the number of pairs ({n}), or an array", folds)
         k = int(folds)
         return np.repeat(np.arange(k), n//k + (np.arange(k) < n % k))
-    number = np.unique(np.asarray(folds), return_inverse=True)[1]
-    if number.shape != (n,): raise DataError("folds must name one fold per pair", number.shape, f"There are {n} pairs")
+    number = np.unique(_identities(folds, n, "folds"), return_inverse=True)[1]
     if number.max() < 1: raise DataError("There is only one fold: nothing to choose a threshold on", None, "Give at least two folds")
     return number
 
-# %% ../../nbs/40_verification.ipynb #ff71cb22
+# %% ../../nbs/40_verification.ipynb #b8f1c5a1
 def _lfw_thresholds(s, y, fold, count) -> np.ndarray:
     "Best threshold on the other folds, for each fold: one sort, then a cumulative sum per fold."
     pairs = SortedPairs(s, y)
@@ -416,10 +429,11 @@ def kfold_accuracy(scores,       # (N,) scores, in the order of the protocol's f
     "Verification accuracy with the threshold chosen on the other folds."
     _check_choice("protocol", protocol, ("lfw", "insightface"))
     s, y = check_pairs(scores, labels)
+    if y.all() or not y.any(): raise DataError("Verification accuracy needs genuine and impostor pairs", f"all {len(y)} are {'genuine' if y.any() else 'impostor'}")
     fold = fold_numbers(folds, len(s)); count = fold.max() + 1
     sizes = np.bincount(fold, minlength=count)
     genuine = np.bincount(fold, weights=y, minlength=count)
-    if 0 < y.mean() < 1 and ((genuine == 0) | (genuine == sizes)).any():
+    if ((genuine == 0) | (genuine == sizes)).any():
         warnings.warn("Some folds hold pairs of one class only: are the pairs in the protocol's order (per fold genuine, then impostor)? Pass folds=array otherwise", stacklevel=2)
     if protocol == "lfw":
         thresholds = _lfw_thresholds(s, y, fold, count)
@@ -453,7 +467,7 @@ def val_at_far(scores,       # (N,) cosine similarities, in the order of the pro
     return Rate(values.mean(), 1 - thresholds.mean()/2, note=f"mean over {count} folds, std {values.std():.4g}, FAR reached {fars.mean():.2g}",
                 std=float(values.std()), far=float(fars.mean()), values=values, fars=fars, thresholds=thresholds)
 
-# %% ../../nbs/40_verification.ipynb #e7b6060e
+# %% ../../nbs/40_verification.ipynb #acc417bd
 class StreamingROC:
     "Operating points of any number of scores in constant memory: exact at the edges of bins, bracketed in between."
     def __init__(self,
@@ -468,7 +482,7 @@ class StreamingROC:
         self.counts = np.zeros((2, int(last - first) + 2), dtype=np.int64) # impostor, genuine; bin 0: below low, last: high and up
     def bins(self, scores) -> np.ndarray: # same shape as scores
         "Bin of each score."
-        s = np.asarray(scores)
+        s = _array(scores)
         if s.dtype not in (np.float32, np.float64): s = s.astype(np.float64)
         if s.size and not np.isfinite(s.min() + s.max()): raise DataError("scores are not finite")
         k = np.floor(np.clip(s, self.low - self.step, self.high)*s.dtype.type(1/self.step)).astype(np.intp)
@@ -478,7 +492,7 @@ class StreamingROC:
             genuine:bool,     # what all of them are
             ):
         "Count scores of one class."
-        self.counts[int(bool(genuine))] += np.bincount(self.bins(_flat(np.ravel(scores), "scores")), minlength=self.counts.shape[1])
+        self.counts[int(bool(genuine))] += np.bincount(self.bins(_flat(_array(scores).ravel(), "scores")), minlength=self.counts.shape[1])
         return self
     def update(self, scores, # (N,) numbers
                labels,       # (N,) true = genuine
@@ -525,7 +539,7 @@ def _streaming_auc(self) -> Rate:
 
 StreamingROC.curve, StreamingROC.tar_at_far, StreamingROC.eer, StreamingROC.auc = _streaming_curve, _streaming_tar, _streaming_eer, _streaming_auc
 
-# %% ../../nbs/40_verification.ipynb #2957cf08
+# %% ../../nbs/40_verification.ipynb #7ad775a5
 def all_pairs(embeddings,        # (N, D), any length: normalised here
               identity,          # (N,) who is on each photograph, any values
               into:StreamingROC|None=None, # counter to add to; None = a new one
@@ -533,13 +547,13 @@ def all_pairs(embeddings,        # (N, D), any length: normalised here
               part:tuple=(0, 1), # (k, n): only every n-th row of blocks, starting with the k-th
               ) -> StreamingROC:
     "Count the scores of all N(N-1)/2 pairs, genuine and impostor, in bounded memory (float32 products: scores to 1e-6)."
-    x = embeddings.detach().cpu().numpy() if hasattr(embeddings, "detach") else np.asarray(embeddings)
+    x = _array(embeddings)
     code = np.unique(_identities(identity, len(x)), return_inverse=True)[1]
     order = np.argsort(code, kind="stable"); code = code[order]           # genuine pairs now lie near the diagonal
     into = StreamingROC() if into is None else into
     if not 0 <= part[0] < part[1]: raise ConfigError("part must be (k, n) with 0 <= k < n", part)
     block = lambda i: _rows(x[order[i:i + chunk]], "embeddings").astype(np.float32)
-    for i in range(part[0]*chunk, len(x), part[1]*chunk):
+    for i in progress(range(part[0]*chunk, len(x), part[1]*chunk), "all pairs", unit="block"):
         rows = block(i)                                                   # (c, D)
         for j in range(i, len(x), chunk):
             s = rows @ (rows if i == j else block(j)).T                   # (c, c)
@@ -551,15 +565,7 @@ def all_pairs(embeddings,        # (N, D), any length: normalised here
             into.add(s[s > -5] if i == j else s, False)
     return into
 
-def _identities(x, n:int, name="identity") -> np.ndarray:
-    "One name per row or pair, none missing."
-    import pandas as pd
-    x = np.asarray(x)
-    if x.shape != (n,): raise DataError(f"{name} must name one identity each", x.shape, f"There are {n}")
-    if pd.isna(x).any(): raise DataError(f"{name}: {int(pd.isna(x).sum())} are missing")
-    return x.astype(str) if x.dtype.kind == "O" else x
-
-# %% ../../nbs/40_verification.ipynb #a2f2b551
+# %% ../../nbs/40_verification.ipynb #deae2842
 def identity_weights(id_a,     # (N,) identity of the first side of each pair
                      id_b,     # (N,) of the second side
                      n:int,    # replicates
@@ -587,7 +593,7 @@ def identity_bootstrap(scores, labels,   # (N,) scores; (N,) true = genuine
     wrong = (np.asarray(id_a) == np.asarray(id_b)) != check_labels(labels)
     if wrong.any(): raise DataError(f"{wrong.sum()} labels contradict the identities; the first is pair {wrong.argmax()}", None, "Genuine means the same identity on both sides")
     value, samples = statistic(pairs.curve()), []
-    for w in identity_weights(id_a, id_b, n, seed):
+    for w in progress(identity_weights(id_a, id_b, n, seed), "bootstrap over identities", total=n):
         try: samples.append(float(statistic(pairs.curve(w))))
         except DataError: pass                                            # a draw without genuine or impostor pairs
     if len(samples) < n/2: raise DataError("Too few identities: most draws hold no genuine or no impostor pair", len(samples))
