@@ -184,7 +184,7 @@ def roc(scores, # (N,) numbers, higher = more alike
     "The receiver operating characteristic, with every distinct score as a threshold."
     return SortedPairs(scores, labels).curve()
 
-# %% ../../nbs/40_verification.ipynb #3172da46
+# %% ../../nbs/40_verification.ipynb #c5eaf660
 def plot_roc(curve:ROC,       # what `roc` returns
              ax=None,         # matplotlib axes, or None for new ones
              label:str|None=None, # for the legend
@@ -200,7 +200,7 @@ def plot_roc(curve:ROC,       # what `roc` returns
         first = 1/curve.n_impostor
         keep = far >= first
         far, tar = np.append(first, far[keep]), np.append(tar[~keep].max(), tar[keep])
-        ax.set_xscale("log"); ax.set_xlim(min(first, ax.get_xlim()[0]) if ax.lines else first, 1)
+        ax.set_xscale("log"); ax.set_xlim(min(first, ax.get_xlim()[0] if ax.lines else 1, .5), 1)
     ax.step(far, tar, where="post", label=label, **style)
     ax.set(xlabel="false accept rate", ylabel="true accept rate")
     if label: ax.legend()
@@ -267,7 +267,7 @@ class Rate(float):
         return text + (f"; {self.note}" if self.note else "")
     __str__ = __repr__
 
-# %% ../../nbs/40_verification.ipynb #0b63e0d4
+# %% ../../nbs/40_verification.ipynb #d6605b14
 def proportion_interval(k,                   # successes, number or array
                         n,                   # trials, number or array
                         level:float=.95,     # coverage, in (0, 1)
@@ -278,7 +278,7 @@ def proportion_interval(k,                   # successes, number or array
     if not 0 < level < 1: raise ConfigError("level must lie between 0 and 1", level)
     k, n = np.broadcast_arrays(np.asarray(k, dtype=float), np.asarray(n, dtype=float))
     if not ((k >= 0) & (k <= n)).all(): raise DataError("Successes must lie between 0 and the number of trials", (k.tolist(), n.tolist()))
-    some = np.maximum(n, 1e-300)
+    some = np.maximum(n, 1)
     if method == "wilson":
         z = ndtri((1 + level)/2); p = k/some
         centre, half = (p + z*z/(2*some))/(1 + z*z/some), z/(1 + z*z/some)*np.sqrt(p*(1 - p)/some + z*z/(4*some**2))
@@ -565,7 +565,7 @@ def all_pairs(embeddings,        # (N, D), any length: normalised here
             into.add(s[s > -5] if i == j else s, False)
     return into
 
-# %% ../../nbs/40_verification.ipynb #deae2842
+# %% ../../nbs/40_verification.ipynb #176e3413
 def identity_weights(id_a,     # (N,) identity of the first side of each pair
                      id_b,     # (N,) of the second side
                      n:int,    # replicates
@@ -592,11 +592,13 @@ def identity_bootstrap(scores, labels,   # (N,) scores; (N,) true = genuine
     if len(np.asarray(id_a)) != len(pairs.order): raise DataError("scores and id_a differ in length", (len(pairs.order), len(np.asarray(id_a))))
     wrong = (np.asarray(id_a) == np.asarray(id_b)) != check_labels(labels)
     if wrong.any(): raise DataError(f"{wrong.sum()} labels contradict the identities; the first is pair {wrong.argmax()}", None, "Genuine means the same identity on both sides")
+    people = len(np.unique(np.concatenate([np.asarray(id_a), np.asarray(id_b)]).astype(str)))
+    if people < 5: raise DataError("Too few identities to say how a figure varies with them", people, "Give five at the very least; thirty make sense")
     value, samples = statistic(pairs.curve()), []
     for w in progress(identity_weights(id_a, id_b, n, seed), "bootstrap over identities", total=n):
         try: samples.append(float(statistic(pairs.curve(w))))
         except DataError: pass                                            # a draw without genuine or impostor pairs
-    if len(samples) < n/2: raise DataError("Too few identities: most draws hold no genuine or no impostor pair", len(samples))
+    if len(samples) < n/2: raise DataError("Most draws of identities hold no genuine or no impostor pair", len(samples), "Give pairs of more people")
     low, high = np.quantile(samples, [(1 - level)/2, (1 + level)/2])
     note = "" if len(samples) == n else f"{n - len(samples)} of {n} draws had one class only"
     return Rate(value, getattr(value, "threshold", np.nan), low, high, f"{level:.0%} bootstrap over identities", note, samples=np.array(samples))
