@@ -69,7 +69,7 @@ def to_csv(frame:pd.DataFrame) -> str:
             for end in ("low", "high"): columns[f"{name} {end}"] = [getattr(c, end) if isinstance(c, Value) else None for c in cells]
     return pd.DataFrame(columns).to_csv(index=False)
 
-# %% ../../nbs/80_results.ipynb #33e67ef0
+# %% ../../nbs/80_results.ipynb #fe9fddc9
 STATUSES = ("reproduced", "differs", "not comparable", "computed")
 
 class Run:
@@ -90,6 +90,7 @@ class Run:
         self.parameters = dict(profile=profile, seed=seed, data=str(data), models=str(models))
         self.out = Path(out).expanduser().resolve() if out else project_root()/"reports"/self.sizes.name
         self.threads, self.made = set_threads(), []
+        if folder := os.environ.get("HYPERFACE_PROGRESS_DIR"): os.environ["HYPERFACE_PROGRESS_FILE"] = f"{folder}/{step}.progress"
         use_style(dpi=100)
     def __repr__(self): return f"Run({self.step}, profile {self.sizes.name}, seed {self.seed}, {self.threads} threads)"
     def dataset(self, name:str) -> Path|None:
