@@ -155,7 +155,7 @@ def row_positions(table:pd.DataFrame, # of the records
     if which.min() < -n or which.max() >= n: raise DataError(f"Position outside 0..{n - 1}", int(which.max() if which.max() >= n else which.min()))
     return np.where(which < 0, which + n, which).astype(np.int64)
 
-# %% ../../nbs/10_records.ipynb #552ee666
+# %% ../../nbs/10_records.ipynb #3574f349
 class Records:
     "A table of images with a lazy reader of their pixels."
     def __init__(self, table:pd.DataFrame, # what `standard_table` made
@@ -191,7 +191,8 @@ class Records:
     @property
     def identities(self) -> np.ndarray: # (N,) words or whole numbers; None where not known
         "Who is on each image."
-        return self.table["identity"].to_numpy()
+        who = self.table["identity"]
+        return who.to_numpy() if who.dtype.kind in "iu" else who.astype(object).where(who.notna(), None).to_numpy()
     @property
     def codes(self) -> np.ndarray: # (N,) int64 in 0..C-1, -1 where not known
         "Identities as consecutive numbers in sorted order: the labels a classifier trains on."
