@@ -206,7 +206,7 @@ def simulate_ada(rule:str="working", # "working" (StyleGAN2-ADA), "printed" (eq.
         if t % 20 == 0: log.append((t, p, accuracy))
     return pd.DataFrame(log, columns=["step", "p", "accuracy"])
 
-# %% ../../nbs/83_audit.ipynb #0fdd62e4
+# %% ../../nbs/83_audit.ipynb #01f848e5
 def plot_ada(runs:dict, # name -> what `simulate_ada` returned
              axes=None, # two matplotlib axes, or None
              target:float=.8, # wanted accuracy, drawn as a line
@@ -217,7 +217,7 @@ def plot_ada(runs:dict, # name -> what `simulate_ada` returned
     for name, run in runs.items():
         axes[0].plot(run.step, run.accuracy, label=name); axes[1].plot(run.step, run.p, label=name)
     axes[0].axhline(target, color="k", ls="--", lw=1); axes[1].axhspan(0, 1, color="k", alpha=.06, lw=0)
-    axes[0].set(title="Accuracy on real images (dashed: target)", xlabel="step", ylim=(.45, 1.02)); axes[1].set(title="p (grey: where a probability lies)", xlabel="step", ylim=(-2.2, 3.2))
+    axes[0].set(title="Accuracy on real images", xlabel="step", ylim=(.45, 1.02)); axes[1].set(title="Augmentation probability p", xlabel="step", ylim=(-2.2, 3.2))
     axes[1].legend(loc="center left", bbox_to_anchor=(1, .5)); return axes
 
 # %% ../../nbs/83_audit.ipynb #d9d1e351
