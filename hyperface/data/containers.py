@@ -227,7 +227,7 @@ def walk_pickle(path, # the file
     walk = PickleWalk(path, max_steps)
     return _run(walk), walk.file
 
-# %% ../../nbs/12a_containers.ipynb #a982d56b
+# %% ../../nbs/12a_containers.ipynb #fd695581
 def _array_span(x, file:OpenFile) -> Span:
     "The bytes of a pickled one-dimensional array of uint8 or bool."
     try: (_, shape, dtype, _, content) = x.state if x.state is not None else (None, x.args[2], x.args[1], None, x.args[0])
@@ -268,7 +268,7 @@ def read_bin(path,                  # "lfw.bin"
             two = [x if isinstance(x, Span) else _array_span(x, file) for x in value[0][2*k:2*k + 2]]
             if any(not 0 < s.length <= MAX_IMAGE_BYTES for s in two): raise DataError(f"Images {2*k}, {2*k + 1} have {two[0].length:,} and {two[1].length:,} bytes")
             spans += two; pairs.append(k)
-        except (DataError, AttributeError) as e: tolerate(on_error, skipped, f"{path}, pair {k}", e)
+        except DataError as e: tolerate(on_error, skipped, f"{path}, pair {k}", DataError(f"{path}, pair {k}: {e}"))
     pair = np.repeat(np.array(pairs, np.int64), 2)
     table = standard_table(dict(image=[f"{k:06d}_{side}" for k in pairs for side in (0, 1)], pair=pair, same=np.array(same, bool)[pair] if len(pair) else np.zeros(0, bool)))
     parts = (np.array([getattr(s, f) for s in spans], np.int64) for f in ("offset", "length", "kind"))
@@ -299,7 +299,7 @@ def write_bin(records:Records, # rows 2k and 2k+1 are pair k
         pickle.dump((list(encoded_images(records, **options)), [bool(s) for s in same]), f, protocol=4)
     return Path(path)
 
-# %% ../../nbs/12a_containers.ipynb #585ab46d
+# %% ../../nbs/12a_containers.ipynb #06612df2
 MAGIC, PART = 0xced7230a, 29
 HEADER = struct.Struct("<IfQQ")                                    # flag, label, id, id2
 
@@ -327,6 +327,7 @@ def _read_idx(path:Path) -> tuple[np.ndarray, np.ndarray]: # keys (N,), offsets 
     try: table = pd.read_csv(path, sep="\t", header=None, names=["key", "offset"], dtype=np.int64, comment=None)
     except Exception as e: raise DataError(f"{path} is not an index of 'key, tab, offset' lines: {str(e)[:120]}", None, "Delete it: the index is rebuilt from the .rec") from e
     keys, offsets = table["key"].to_numpy(), table["offset"].to_numpy()
+    if not len(keys): raise DataError(f"{path} is empty, not an index", None, "Delete it: the index is rebuilt from the .rec")
     if len(np.unique(keys)) != len(keys): raise DataError(f"{path} has a key twice", int(table["key"][table["key"].duplicated()].iloc[0]), "Delete it: the index is rebuilt from the .rec")
     if len(np.unique(offsets)) != len(offsets): raise DataError(f"{path} has an offset twice", int(table["offset"][table["offset"].duplicated()].iloc[0]), "Delete it: the index is rebuilt from the .rec")
     return keys, offsets
@@ -691,7 +692,7 @@ def _zip_member(file, offset, packed, size, method, crc) -> bytes:
     if zlib.crc32(content) != crc: raise DataError(f"{where}: the checksum is wrong")
     return content
 
-# %% ../../nbs/12a_containers.ipynb #b512ce6d
+# %% ../../nbs/12a_containers.ipynb #3490e690
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 
 def _labels_of(content:bytes, where:str) -> dict[str, object]|None: # name -> number or list
@@ -711,10 +712,11 @@ def _label_columns(labels:list, where:str) -> dict:
     "Whole numbers become `identity`, vectors a column `label`; `DataError` for a mixture, other lengths, or NaN."
     if not labels: return {}
     if all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31 for x in labels): return dict(identity=np.array(labels, np.int64))
-    if not all(isinstance(x, list) and len(x) == len(labels[0]) > 0 for x in labels if True) or not isinstance(labels[0], list): raise DataError(f"{where}: labels must all be whole numbers from 0, or all vectors of one length")
+    if not isinstance(labels[0], list) or not all(isinstance(x, list) and len(x) == len(labels[0]) > 0 for x in labels): raise DataError(f"{where}: labels must all be whole numbers from 0, or all vectors of one length")
     try: vectors = np.array(labels, np.float32)
     except (ValueError, TypeError, OverflowError) as e: raise DataError(f"{where}: a label is not a vector of numbers: {e}") from e
-    if vectors.ndim != 2 or not np.isfinite(vectors).all(): raise DataError(f"{where}: label {int(np.flatnonzero(~np.isfinite(vectors).reshape(len(labels), -1).all(1))[0])} is not finite")
+    if vectors.ndim != 2: raise DataError(f"{where}: a label is not a vector of numbers", labels[0])
+    if not np.isfinite(vectors).all(): raise DataError(f"{where}: label {int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])} is not finite")
     return dict(label=vector_column(vectors))
 
 def vector_column(vectors:np.ndarray # (N, D) float32

@@ -19,7 +19,7 @@ from .containers import IMAGE_SUFFIXES, _label_columns, _labels_of, read_bin, re
 from .images import read_file
 from .records import FileSource, Records, Skipped, standard_table, tolerate
 
-# %% ../../nbs/12_formats.ipynb #83aef70f
+# %% ../../nbs/12_formats.ipynb #c95eb2b0
 MAX_DEPTH = 6
 
 def _children(folder:str, base:str, skipped:Skipped, on_error:str) -> tuple[list[str], list[str]]:
@@ -29,6 +29,8 @@ def _children(folder:str, base:str, skipped:Skipped, on_error:str) -> tuple[list
     except OSError as e: tolerate(on_error, skipped, folder, DataError(f"{folder} cannot be read: {e.strerror}")); return files, folders
     for entry in entries:
         if entry.name.startswith((".", "__MACOSX")): continue
+        if not entry.name.isascii() and any("\ud800" <= c <= "\udfff" for c in entry.name):
+            tolerate(on_error, skipped, repr(entry.path), DataError(f"A file name in {folder!r} is not UTF-8", os.fsencode(entry.name), "Rename it")); continue
         if entry.is_symlink() and not os.path.join(os.path.realpath(entry.path), "").startswith(os.path.join(base, "")):
             tolerate(on_error, skipped, entry.path, DataError(f"{entry.path} is a link that leads out of the folder", None, "Copy the files instead of linking them")); continue
         if entry.is_dir(): folders.append(entry.name)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core import DataError
 
-# %% ../../nbs/10a_images.ipynb #f830aae0
+# %% ../../nbs/10a_images.ipynb #08dd802c
 MAX_PIXELS = 89_478_485        # Pillow's own limit; a 20-megapixel photograph is 20e6
 MAX_FILE_BYTES = 256*2**20     # no photograph is larger
 
@@ -25,11 +25,13 @@ def read_file(path:str|Path,            # an ordinary file
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as e:
         raise DataError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}", None, "Check the path and its permissions") from e
-    with os.fdopen(handle, "rb") as f:
+    try:
         info = os.fstat(handle)
         if not stat.S_ISREG(info.st_mode): raise DataError(f"{path} is not an ordinary file", None, "Give the path of a picture")
         if info.st_size > max_bytes: raise DataError(f"{path} has {info.st_size:,} bytes, more than {max_bytes:,}", None, "Not a photograph; raise max_bytes if it is one")
-        content = f.read()
+        with os.fdopen(handle, "rb", closefd=False) as f: content = f.read(max_bytes)
+    except OSError as e: raise DataError(f"{path} cannot be read: {e.strerror}", None, "The disk or the network drive may be at fault") from e
+    finally: os.close(handle)
     if not content: raise DataError(f"{path} is empty (0 bytes)", None, "Fetch or make it again")
     return content
 
