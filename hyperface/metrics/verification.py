@@ -106,7 +106,7 @@ def plot_scores(scores,        # (N,) numbers, higher = more alike
     ax.set(xlabel="score (cosine similarity)", ylabel="density"); ax.legend()
     return ax
 
-# %% ../../nbs/40_verification.ipynb #aa5f58ad
+# %% ../../nbs/40_verification.ipynb #4ff4e94a
 class ROC:
     "Every operating point of a set of scored pairs, from nobody accepted to everybody accepted."
     def __init__(self,
@@ -146,10 +146,11 @@ class ROC:
 
 def _thin(curve, points:int) -> np.ndarray:
     "Indices of at most `points` operating points: the corners of the steps, spread over FAR and over FRR alike."
-    corner = np.unique(np.concatenate([np.flatnonzero(np.diff(curve.far, append=2.)), np.flatnonzero(np.diff(curve.frr, prepend=2.))]))
+    far, frr = curve.far, curve.frr
+    corner = np.flatnonzero(np.append(far[1:] != far[:-1], True) | np.append(True, frr[1:] != frr[:-1]))
     if len(corner) <= points: return corner
     grid = np.geomspace(.5/max(curve.n_impostor, curve.n_genuine), 1, max(points//2 - 1, 2))
-    pick = np.concatenate([np.searchsorted(curve.far[corner], grid, side="right") - 1, np.searchsorted(-curve.frr[corner], -grid)])
+    pick = np.concatenate([np.searchsorted(far[corner], grid, side="right") - 1, np.searchsorted(-frr[corner], -grid)])
     return corner[np.unique(np.clip(np.append(pick, [0, len(corner) - 1]), 0, len(corner) - 1))]
 
 # %% ../../nbs/40_verification.ipynb #bc6206f3
@@ -509,7 +510,7 @@ class StreamingROC:
         self.counts += other.counts
         return self
 
-# %% ../../nbs/40_verification.ipynb #dc1e1bd0
+# %% ../../nbs/40_verification.ipynb #a2faf88f
 def _streaming_curve(self) -> ROC:
     "The curve at the edges of the bins: every point of it is exact."
     edges = self.low + self.step*np.arange(self.counts.shape[1] - 1)      # lower edges of bins 1, 2, ...
@@ -538,6 +539,7 @@ def _streaming_auc(self) -> Rate:
     return Rate(value, low=max(value - half, 0), high=min(value + half, 1), interval="guaranteed")
 
 StreamingROC.curve, StreamingROC.tar_at_far, StreamingROC.eer, StreamingROC.auc = _streaming_curve, _streaming_tar, _streaming_eer, _streaming_auc
+StreamingROC.__repr__ = lambda self: f"StreamingROC({self.counts[1].sum():,} genuine, {self.counts[0].sum():,} impostor pairs in {self.counts.shape[1]:,} bins)"
 
 # %% ../../nbs/40_verification.ipynb #7ad775a5
 def all_pairs(embeddings,        # (N, D), any length: normalised here
