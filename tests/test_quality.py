@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from hyperface.core import DataError, data_dir, models_dir, rng
+from hyperface.core import ConfigError, DataError, data_dir, models_dir, rng
 from hyperface.metrics import generation as G, quality as Q
 
 
@@ -81,6 +81,8 @@ def test_eer_and_auc_agree_with_scikit_learn():
     fpr, tpr, _ = roc_curve(y, s, drop_intermediate=False)
     k = np.argmin(np.abs(fpr - (1 - tpr)))
     ours = Q.separability(Q.count_scores(g, i))
+    from hyperface.metrics.verification import auc, eer
+    assert ours.eer_rate == pytest.approx(float(eer(s, y)), abs=3e-4) and ours.auc_score == pytest.approx(float(auc(s, y)), abs=2e-4)
     assert ours.eer_rate == pytest.approx((fpr[k] + 1 - tpr[k])/2, abs=5e-4)
     assert ours.auc_score == pytest.approx(roc_auc_score(y, s), abs=2e-4)
     assert ours.overlap_rate <= 2*ours.eer_rate + .01
@@ -186,6 +188,21 @@ def test_bad_input_is_refused(fault):
     with pytest.raises(DataError): Q.noise_report(x, y)
 
 
+def test_senseless_settings_are_refused():
+    x, y = people(5, 4)
+    for call in (lambda: Q.similar_pairs(x, np.nan), lambda: Q.similar_pairs(x, .5, limit=0), lambda: Q.similar_pairs(x, .5, block=0), lambda: Q.similar_pairs(x, 30),
+                 lambda: Q.noise_report(x, y, outlier=np.nan), lambda: Q.noise_report(x, y, same_person=70), lambda: Q.noise_report(x, y, max_pairs=0), lambda: Q.nearest(x, x, k=0), lambda: Q.uniqueness(x, "0.7"),
+                 lambda: Q.leakage(x, x, threshold=2), lambda: Q.leakage(x, x, chance=0)):
+        with pytest.raises((ConfigError, DataError)): call()
+    with pytest.raises(DataError, match="size of the gallery"): Q.nearest(x, x[:3], k=4)
+
+
+def test_all_pictures_alike():
+    r = Q.noise_report(np.ones((12, 8)), np.repeat([0, 1], 6))
+    assert r["overlap_rate"] == pytest.approx(1, abs=1e-6) and r["eer_rate"] == pytest.approx(.5) and r["near_duplicate_rate"] == 1 and r["uniqueness_rate"] == .5
+    assert len(r.same_person) == 1 and len(r.outliers) == 0
+
+
 def test_awkward_but_legal_input():
     x, y = people(5, 4)
     a, b = Q.noise_report(x, y).summary, Q.noise_report((x*np.linspace(1, 21.9, 20)[:, None]).tolist(), [f"p{i}" for i in y]).summary
@@ -275,6 +292,13 @@ def test_moments_add_up():
     np.testing.assert_allclose(whole.mean, x.mean(0)); assert parts.n == 1000
 
 
+def test_lists_of_rows_and_of_blocks():
+    x = rng(3).standard_normal((40, 3))
+    assert G.frechet_distance(x.tolist(), x) == pytest.approx(0, abs=1e-9) and G.FeatureMoments.of([x[:7], x[7:]]).n == 40
+    for bad in ([], (), np.float64(3), [1., 2.], [[]]):
+        with pytest.raises(DataError): G.frechet_distance(bad, x)
+
+
 def test_jackknife_removes_the_bias_where_it_is_all_there_is():
     "D = 96 and 200 pictures: measured 36 on average where the truth is 0."
     found = [G.frechet_interval(*rng(s, "bias").standard_normal((2, 200, 96)), groups=10, seed=s) for s in range(8)]
@@ -324,5 +348,5 @@ def test_prdc_with_copies_and_far_from_the_origin():
 @pytest.mark.parametrize("call", [G.frechet_distance, G.polynomial_mmd, G.kernel_distance, G.prdc, G.generation_report, G.frechet_interval, G.frechet_extrapolated])
 def test_bad_features_are_refused(call):
     x = rng(9).standard_normal((30, 5)); bad = x.copy(); bad[4, 2] = np.nan
-    for a, b in ((bad, x), (x, bad), (x[:, 0], x), (x, x[:0]), (x, x[:, :4]), (x[:1], x), (x.astype(str), x)):
+    for a, b in ((bad, x), (x, bad), (x[:, 0], x), (x, x[:0]), (x, x[:, :4]), (x[:1], x), (x.astype(str), x), (x, x*1e300)):
         with pytest.raises(DataError): call(a, b)

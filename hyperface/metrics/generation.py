@@ -13,15 +13,15 @@ import numpy as np, pandas as pd
 
 from ..core import DataError, progress, rng
 
-# %% ../../nbs/44_generation.ipynb #eb62d4ce
+# %% ../../nbs/44_generation.ipynb #80150b24
 def _features(x, name:str) -> np.ndarray:
     "An (N, D) array of finite doubles; names what is wrong otherwise."
     x = x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
     if x.ndim != 2 or 0 in x.shape: raise DataError(f"{name} must be a filled array (N, D)", x.shape, "One row is the features of one picture")
     if x.dtype.kind not in "fiu": raise DataError(f"{name} must be numbers", str(x.dtype))
     x = x.astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(x).all(1))
-    if len(bad): raise DataError(f"{name}: row {bad[0]} is not finite ({len(bad)} such rows)", None, "Drop these rows or look for what made them")
+    bad = np.flatnonzero(~(np.abs(x) <= 1e50).all(1))                     # their products would not be finite either
+    if len(bad): raise DataError(f"{name}: row {bad[0]} is not finite or beyond 1e50 ({len(bad)} such rows)", None, "Drop these rows or look for what made them")
     return x
 
 def _two(real, fake, least:int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,7 +31,7 @@ def _two(real, fake, least:int) -> tuple[np.ndarray, np.ndarray]:
     if min(len(real), len(fake)) < least: raise DataError(f"at least {least} rows are needed on each side", (len(real), len(fake)))
     return real, fake
 
-# %% ../../nbs/44_generation.ipynb #6eb6767f
+# %% ../../nbs/44_generation.ipynb #1b936ee9
 @dataclass
 class FeatureMoments:
     "Count, mean and scatter of features; `a + b` are the moments of both sets together."
@@ -44,8 +44,9 @@ class FeatureMoments:
            block:int=8192,   # rows read together
            ) -> "FeatureMoments":
         "Moments of an array, or of blocks that come one after another."
+        if isinstance(x, (list, tuple)) and np.ndim(x[0] if x else 0) < 2: x = np.asarray(x)   # rows of numbers, not blocks
         if not hasattr(x, "shape"): blocks = iter(x)
-        else: blocks = (x[i:i + block] for i in range(0, max(len(x), 1), block))
+        else: blocks = (x[i:i + block] for i in range(0, max(len(x), 1), block)) if x.ndim else [x]
         total = None
         for part in blocks:
             part = _features(part, "features"); mean = part.mean(0)

@@ -8,12 +8,12 @@ __all__ = ['OUTLIER', 'SAME_PERSON', 'NEAR_DUPLICATE', 'plant_faults', 'identity
            'count_scores', 'similarity_distributions', 'plot_similarities', 'uniqueness', 'consistency', 'diversity',
            'near_duplicates', 'Leakage', 'leakage', 'NoiseReport', 'noise_report', 'precision_recall_of']
 
-# %% ../../nbs/43_quality.ipynb #3d9865f4
+# %% ../../nbs/43_quality.ipynb #6d63e802
 from dataclasses import dataclass, field
 
 import numpy as np, pandas as pd
 
-from ..core import DataError, progress, rng, write_json
+from ..core import ConfigError, DataError, progress, rng, write_json
 from ..sphere.geometry import class_index, class_sums, unit
 
 # %% ../../nbs/43_quality.ipynb #575ecdfc
@@ -48,7 +48,7 @@ def plant_faults(embeddings,        # (N, D) unit rows
                  copies=sorted((int(s), len(codes) + k) for k, s in enumerate(source)))
     return x, label, truth
 
-# %% ../../nbs/43_quality.ipynb #56738591
+# %% ../../nbs/43_quality.ipynb #d0bbc10f
 def _unit(embeddings, name:str="embeddings") -> np.ndarray: # (N, D) float32
     "Rows of unit norm, at least one; refuses anything that has no direction."
     x = unit(embeddings, name).astype(np.float32, copy=False)
@@ -59,6 +59,13 @@ def _group(identity, n:int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Labels as codes (N,), names (C,) in order, and counts (C,)."
     names, codes, counts = class_index(identity, n)
     return codes, names, counts
+
+def _sane(**numbers) -> None:
+    "Thresholds must be cosines, counts whole and positive."
+    for name, v in numbers.items():
+        whole = name in ("limit", "block", "bins", "k", "max_pairs")
+        if isinstance(v, bool) or not (isinstance(v, (int, np.integer)) and v >= 1 if whole else isinstance(v, (int, float, np.number)) and -1.001 <= v <= 1.001):
+            raise ConfigError(f"{name} must be {'a whole number from 1' if whole else 'a cosine in [-1, 1]'}", v)
 
 def _sums(x:np.ndarray, codes:np.ndarray, n:int, weight:np.ndarray|None=None) -> np.ndarray: # (C, D) float64
     "Sums of the rows of each group, weighted if asked for."
@@ -106,7 +113,7 @@ def cosine_to_identity(embeddings,           # (N, D)
     rest = np.sqrt(np.maximum(square[codes] - 2*keep*own + keep, 1e-12))
     return np.where(n[codes] - keep > 0, (own - keep)/rest, np.nan)
 
-# %% ../../nbs/43_quality.ipynb #60db9483
+# %% ../../nbs/43_quality.ipynb #d630054c
 OUTLIER, SAME_PERSON, NEAR_DUPLICATE = .3, .7, .9   # thresholds on the cosine: appendix A.3 twice; the third is measured above
 
 def intra_class_noise(embeddings,             # (N, D)
@@ -115,6 +122,7 @@ def intra_class_noise(embeddings,             # (N, D)
                       threshold:float=OUTLIER,# a cosine below it makes an outlier
                       ) -> pd.DataFrame:      # index, identity, cosine, belongs_to, cosine_there; worst first
     "Pictures that do not fit their identity. `.attrs` holds `rate`, `rate_with_self` (the appendix's) and `n`."
+    _sane(threshold=threshold)
     x = _unit(embeddings)
     codes, names, counts = _group(identity, len(x))
     fit = cosine_to_identity(x, identity, references)
@@ -136,7 +144,7 @@ def intra_class_noise(embeddings,             # (N, D)
     found.attrs.update(n=int(known.sum()), rate=float(len(rows)/max(known.sum(), 1)), rate_with_self=float(np.mean(plain < threshold)), threshold=threshold)
     return found
 
-# %% ../../nbs/43_quality.ipynb #b2daa567
+# %% ../../nbs/43_quality.ipynb #e42f4a6d
 def similar_pairs(embeddings,        # (N, D)
                   threshold:float,   # cosine from which a pair counts
                   other=None,        # (M, D) second set; None searches within the first, each pair once
@@ -144,6 +152,7 @@ def similar_pairs(embeddings,        # (N, D)
                   block:int=2048,    # rows and columns looked at together
                   ) -> pd.DataFrame: # a, b, cosine; most similar first; `.attrs["total"]` counts all
     "All pairs at least as similar as `threshold`, exactly, in bounded memory."
+    _sane(threshold=threshold, limit=limit, block=block)
     x = _unit(embeddings)
     y = x if other is None else _unit(other, "other")
     if x.shape[1] != y.shape[1]: raise DataError("both sets must have the same dimension", (x.shape[1], y.shape[1]))
@@ -179,7 +188,8 @@ def nearest(embeddings,       # (N, D) queries
     "The `k` most similar gallery rows of each query, exactly, in bounded memory."
     x, y = _unit(embeddings), _unit(gallery, "gallery")
     if x.shape[1] != y.shape[1]: raise DataError("both sets must have the same dimension", (x.shape[1], y.shape[1]))
-    if not 1 <= k <= len(y): raise DataError("k must be between 1 and the size of the gallery", k, f"The gallery has {len(y)} rows")
+    _sane(k=k, block=block)
+    if k > len(y): raise DataError("k must be between 1 and the size of the gallery", k, f"The gallery has {len(y)} rows")
     index, score = np.zeros((len(x), k), int), np.full((len(x), k), -np.inf, np.float32)
     for i in progress(range(0, len(x), block), "nearest", unit="block"):
         for j in range(0, len(y), block):
@@ -191,7 +201,7 @@ def nearest(embeddings,       # (N, D) queries
             score[i:i + block], index[i:i + block] = np.take_along_axis(both, best, 1), np.take_along_axis(where, best, 1)
     return index, score
 
-# %% ../../nbs/43_quality.ipynb #ff04e92c
+# %% ../../nbs/43_quality.ipynb #247a1d5f
 def _attenuation(x:np.ndarray, codes:np.ndarray, counts:np.ndarray) -> np.ndarray: # (C,)
     "What a cosine of identity features is multiplied by, once for each side, to correct for the noise of its mean."
     square = (_sums(x, codes, len(counts))**2).sum(1)
@@ -207,6 +217,7 @@ def inter_class_noise(embeddings,                  # (N, D)
                       corrected:bool=False,        # whether the corrected cosine decides rather than the plain one
                       ) -> pd.DataFrame:           # a, b (labels), cosine, corrected, merged (number of the merged person)
     "Identities that seem to be one person. `.attrs`: `rate` (share of identities concerned), `pairs`, `persons`."
+    _sane(threshold=threshold)
     x = _unit(embeddings)
     names, centre, counts = identity_features(x, identity)
     boost = np.ones(len(names))
@@ -303,7 +314,7 @@ def count_scores(genuine,       # cosines of genuine pairs
         moments[kind] = (score.size, score.sum(), (score**2).sum())
     return Similarities(counts["genuine"], counts["impostor"], moments=moments)
 
-# %% ../../nbs/43_quality.ipynb #ff556051
+# %% ../../nbs/43_quality.ipynb #ff1ae580
 def _tally(counts:np.ndarray, moments:np.ndarray, score:np.ndarray) -> None:
     "Add scores to a histogram over [-1, 1] and to exact sums, in place."
     score = score.ravel()
@@ -332,6 +343,7 @@ def similarity_distributions(embeddings,               # (N, D)
     "Similarities of genuine and impostor pairs, counted in bins (appendix, Figures 4 and 5)."
     x = _unit(embeddings)
     codes, names, counts = _group(identity, len(x))
+    _sane(bins=bins, block=block, **({} if max_pairs is None else dict(max_pairs=max_pairs)))
     n_genuine = int((counts*(counts - 1)//2).sum()); n_impostor = len(x)*(len(x) - 1)//2 - n_genuine
     limit = np.inf if max_pairs is None else max_pairs
     hist, moments = np.zeros((2, bins), np.int64), np.zeros((2, 3))
@@ -370,12 +382,13 @@ def plot_similarities(similarities:Similarities, # what `similarity_distribution
     ax.set(xlabel="cosine similarity", yticks=[], ylim=(0, None), title=f"{title} overlap {s.overlap_rate:.3%}, EER {s.eer_rate:.3%}".strip())
     ax.legend(loc="upper right"); return ax
 
-# %% ../../nbs/43_quality.ipynb #c75395f7
+# %% ../../nbs/43_quality.ipynb #a478b868
 def uniqueness(features,                     # (C, D) one feature for each identity
                threshold:float=SAME_PERSON,  # cosine from which two identities are one
                block:int=2048,               # rows looked at together
                ) -> float:                   # in [0, 1]
     "Share of identities that a greedy walk keeps as different from all kept before."
+    _sane(threshold=threshold, block=block)
     x = _unit(features, "features")
     kept = np.zeros(len(x), bool)
     for i in range(0, len(x), block):
@@ -438,7 +451,7 @@ def near_duplicates(embeddings,                     # (N, D)
     found.attrs["pictures"] = int(len(np.unique(found[["a", "b"]])))
     return found
 
-# %% ../../nbs/43_quality.ipynb #cf5d0c3f
+# %% ../../nbs/43_quality.ipynb #bb910bc9
 @dataclass(repr=False)
 class Leakage:
     "Nearest training pictures of a generated set."
@@ -464,6 +477,7 @@ def leakage(embeddings,               # (N, D) generated
             ) -> Leakage:
     "Who of the training set comes back: nearest neighbours, and the most similar pairs."
     from scipy.stats import norm
+    if threshold is not None: _sane(threshold=threshold)
     x, y = _unit(embeddings), _unit(training, "training")
     where, cosine = nearest(x, y)
     gen = rng(seed, "leakage")

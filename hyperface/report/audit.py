@@ -9,12 +9,13 @@ __all__ = ['COLUMNS', 'VERDICTS', 'rounds_to', 'Audit', 'rates_from_counts', 'pr
            'audit_datasets', 'audit_references', 'audit_vec2face', 'audit_cross_method', 'audit_tables',
            'verdict_counts']
 
-# %% ../../nbs/83_audit.ipynb #a799322a
+# %% ../../nbs/83_audit.ipynb #53e0cf40
 import html
 
 import numpy as np, pandas as pd
 
 from ..core import DataError, rng
+from ..metrics.confusion import Confusion
 from .printed import number, printed, printed_values
 from ..sphere.bounds import best_bound, random_reference
 
@@ -48,15 +49,16 @@ class Audit:
             rows += ["<tr>" + "".join(badge(v) if c == "verdict" else cell(v) for c, v in zip(columns, line)) + "</tr>" for line in part[columns].itertuples(index=False)]
         return "<table><thead><tr>" + "".join(f"<th style='text-align:left'>{c}</th>" for c in columns) + "</tr></thead><tbody>" + "".join(rows) + "</tbody></table>"
 
-# %% ../../nbs/83_audit.ipynb #94dc6dd2
+# %% ../../nbs/83_audit.ipynb #6b00b8d7
 def rates_from_counts(tp:int, # accepted genuine pairs
                       fn:int, # refused genuine pairs
                       fp:int, # accepted impostor pairs
                       tn:int, # refused impostor pairs
-                      ) -> dict: # accuracy (percent), f1, recall, specificity, precision
+                      ) -> dict: # accuracy in percent; f1, recall, specificity and the other ratios in [0, 1]
     "What four counts determine, in the units of Table 4."
-    if min(tp, fn, fp, tn) < 0 or tp + fn == 0 or fp + tn == 0: raise DataError("counts must not be negative and both kinds of pair must be there", (tp, fn, fp, tn))
-    return dict(accuracy=100*(tp + tn)/(tp + fn + fp + tn), f1=2*tp/(2*tp + fp + fn), recall=tp/(tp + fn), specificity=tn/(tn + fp), precision=tp/(tp + fp) if tp + fp else float("nan"))
+    c = Confusion(tp=tp, fn=fn, fp=fp, tn=tn)
+    if not (c.genuine and c.impostor): raise DataError("both kinds of pair must be there", (tp, fn, fp, tn))
+    return c.ratios() | dict(accuracy=100*c.accuracy)
 
 def printed_counts() -> pd.DataFrame: # table, method, dataset, tp, fn, fp, tn
     "The counts of Tables 5, 6 and 7."
@@ -67,7 +69,7 @@ def printed_counts() -> pd.DataFrame: # table, method, dataset, tp, fn, fp, tn
     rows += [("table7", r.method, "DigiFace", r.TP, r.FN, r.FP, r.TN) for r in printed("table7").itertuples()]
     return pd.DataFrame(rows, columns=["table", "method", "dataset", "tp", "fn", "fp", "tn"])
 
-# %% ../../nbs/83_audit.ipynb #b1dc94ef
+# %% ../../nbs/83_audit.ipynb #16d1a905
 def audit_confusion() -> pd.DataFrame:
     "Tables 5-7: accuracy, F1, recall and specificity recomputed from the counts and compared with Table 4."
     table4, rows = printed("table4").set_index(["method", "dataset"]), []
@@ -77,7 +79,7 @@ def audit_confusion() -> pd.DataFrame:
         rates, line = rates_from_counts(c.tp, c.fn, c.fp, c.tn), table4.loc[(c.method, c.dataset)]
         for measure, digits in (("accuracy", 1), ("f1", 3), ("recall", 3), ("specificity", 3)):
             shown, value, unit = line[measure], rates[measure], " %" if measure == "accuracy" else ""
-            rows.append((f"T{c.table[-1]} and T4, {c.method} / {c.dataset}, {measure}", f"{shown:.{digits}f}{unit}", f"{value:.{digits + 1}f}{unit}",
+            rows.append((f"T{c.table[-1]} and T4, {c.method} / {c.dataset}, {measure.replace('f1', 'F1')}", f"{shown:.{digits}f}{unit}", f"{value:.{digits + 1}f}{unit}",
                 "agrees" if rounds_to(value, shown, digits) else "differs", f"TP {c.tp}, FN {c.fn}, FP {c.fp}, TN {c.tn}"))
     key = ["tp", "fn", "fp", "tn"]
     six, seven = counts[counts.table == "table6"].iloc[0], counts[counts.table == "table7"].set_index("method")
