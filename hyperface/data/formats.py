@@ -96,7 +96,7 @@ def _folder_records(root, names, columns, skipped, name=None, empty_ok=False) ->
     table = standard_table(dict(image=pd.Series(names.combine_chunks(), dtype=pd.StringDtype("pyarrow", na_value=np.nan)), **columns))
     return Records(table, FileSource(root, table["image"]), name=name or Path(root).name, skipped=skipped)
 
-# %% ../../nbs/12_formats.ipynb #ca5d35c0
+# %% ../../nbs/12_formats.ipynb #a3f41a81
 def read_folder(root,                 # folder of folders
                 on_error:str="raise", # or "skip"
                 ) -> Records:         # identity = folder
@@ -109,7 +109,9 @@ def read_folder(root,                 # folder of folders
 
 BUPT_GROUPS = dict(african="black", asian="asian", caucasian="white", indian="indian")
 
-def read_bupt(root, on_error:str="raise") -> Records: # identity = group/folder, ethnicity
+def read_bupt(root,                 # folder with African, Asian, Caucasian, Indian
+              on_error:str="raise", # or "skip"
+              ) -> Records:         # identity = group/folder, ethnicity
     "BUPT-Balancedface and RFW: group / identity / picture."
     skipped = Skipped()
     names, parts = fields_of(walk_images(root, on_error, skipped), r"^(?:.*/)?(?P<identity>(?P<group>(?i:African|Asian|Caucasian|Indian))/[^/]+)/[^/]+$", "African|Asian|Caucasian|Indian/identity/picture", root, on_error, skipped)
@@ -145,24 +147,30 @@ def read_lfw(root,                 # folder with Name/Name_0001.jpg, or the fold
     gender = _listed_gender({Path(root), inner}, names)
     return _folder_records(inner, names, columns if gender is None else {**columns, "gender": gender}, skipped, "lfw")
 
-# %% ../../nbs/12_formats.ipynb #c2360cda
+# %% ../../nbs/12_formats.ipynb #85f9bedb
 UTK_RACES = ("white", "black", "asian", "indian", "other")
 
-def read_utkface(root, on_error:str="raise") -> Records: # age, gender, ethnicity; no identity
+def read_utkface(root,                 # folder of pictures
+                 on_error:str="raise", # or "skip"
+                 ) -> Records:         # age, gender, ethnicity; no identity
     "UTKFace: [age]_[gender]_[race]_[date&time].jpg."
     skipped, inner = Skipped(), _inner_folder(root, ("images", "UTKFace", "utkcropped", "crop_part1"))
     names, parts = fields_of(walk_images(inner, on_error, skipped), r"(?:^|/)(?P<age>\d{1,3})_(?P<gender>[01])_(?P<race>[0-4])_\d{8,20}\.[\w.]+$", "age_gender_race_date.jpg with gender 0-1 and race 0-4", inner, on_error, skipped)
     columns = dict(age=numbers(parts["age"]), gender=np.array(["male", "female"])[numbers(parts["gender"]).astype(int)], ethnicity=np.array(UTK_RACES)[numbers(parts["race"]).astype(int)])
     return _folder_records(inner, names, columns, skipped, "utkface")
 
-def read_agedb(root, on_error:str="raise") -> Records: # identity, age, gender
+def read_agedb(root,                 # folder of pictures
+               on_error:str="raise", # or "skip"
+               ) -> Records:         # identity, age, gender
     "AgeDB: [number]_[Name]_[age]_[m|f].jpg."
     skipped, inner = Skipped(), _inner_folder(root, ("AgeDB", "agedb"))
     names, parts = fields_of(walk_images(inner, on_error, skipped), r"(?:^|/)\d+_(?P<identity>[^/]+)_(?P<age>\d{1,3})_(?P<gender>[mfMF])\.\w+$", "number_Name_age_gender.jpg", inner, on_error, skipped)
     return _folder_records(inner, names, dict(identity=words(parts["identity"]), age=numbers(parts["age"]), gender=words(parts["gender"])), skipped, "agedb")
 
-# %% ../../nbs/12_formats.ipynb #2e3a60be
-def read_digiface(root, on_error:str="raise") -> Records: # identity = subject number, split "72" or "5" where the archives tell
+# %% ../../nbs/12_formats.ipynb #6400fffb
+def read_digiface(root,                 # folder of unpacked archives, or of subjects
+                  on_error:str="raise", # or "skip"
+                  ) -> Records:         # identity = subject number; split "72" or "5" where the archives tell
     "DigiFace-1M: [subjects_A-B_N_imgs/]subject/number.png."
     skipped = Skipped()
     pattern = r"^(?:.*?/)??(?:subjects_(?P<low>\d+)-(?P<high>\d+)_(?P<per>\d+)_imgs/)?(?P<subject>\d{1,9})/(?P<number>\d{1,6})\.\w+$"
@@ -177,11 +185,13 @@ def read_digiface(root, on_error:str="raise") -> Records: # identity = subject n
     columns = dict(identity=subject[~wrong]) if "" in split.cat.categories else dict(identity=subject[~wrong], split=split)
     return _folder_records(root, names.filter(~wrong), columns, skipped, "digiface")
 
-# %% ../../nbs/12_formats.ipynb #3173e930
+# %% ../../nbs/12_formats.ipynb #f00bad30
 EXPRESSIONS = dict(anger="anger", angry="anger", contempt="contempt", disgust="disgust", disgusted="disgust", fear="fear", fearful="fear", happy="happy", happiness="happy",
                    neutral="neutral", sad="sad", sadness="sad", surprise="surprise", surprised="surprise")
 
-def read_expressions(root, on_error:str="raise") -> Records: # expression; split from train/test folders; identity in CK+
+def read_expressions(root,                 # folder of expressions, or of train and test
+                     on_error:str="raise", # or "skip"
+                     ) -> Records:         # expression; split from train/test folders; identity in CK+
     "FER2013, CK+ and other sets with one folder per expression."
     skipped = Skipped()
     pattern = r"^(?:(?P<split>(?i:train|test|val|valid|validation|PublicTest|PrivateTest|Training))/)?(?P<expression>[A-Za-z]+)/(?:(?P<subject>S\d{3})_\d{3}_\d+|[^/]*)\.\w+$"
@@ -196,8 +206,10 @@ def read_expressions(root, on_error:str="raise") -> Records: # expression; split
         if len(values) and "" not in values.cat.categories: columns[column] = values.cat.rename_categories(str.lower) if column == "split" else values
     return _folder_records(root, names.filter(known), columns, skipped)
 
-# %% ../../nbs/12_formats.ipynb #82d0dfbd
-def read_labelled_folder(root, on_error:str="raise") -> Records: # identity from whole-number labels, column label from vectors
+# %% ../../nbs/12_formats.ipynb #4f63eec2
+def read_labelled_folder(root,                 # folder with dataset.json
+                         on_error:str="raise", # or "skip"
+                         ) -> Records:         # identity from whole-number labels, column label from vectors
     "A folder with a `dataset.json` as StyleGAN2-ADA reads it."
     skipped, where = Skipped(), Path(root)/"dataset.json"
     labels, names = _labels_of(read_file(where, 2**31), str(where)), walk_images(root, on_error, skipped)

@@ -225,8 +225,11 @@ class Records:
         "Decode every image and keep those that can be; the others are listed in `.skipped`."
         return readable_records(self, on_error)
 
-# %% ../../nbs/10_records.ipynb #eb8cfd97
-def records_from_arrays(images, name:str, columns:dict) -> Records:
+# %% ../../nbs/10_records.ipynb #2a7da107
+def records_from_arrays(images,      # (N, H, W, 3) uint8 RGB
+                        name:str,     # what the set is called
+                        columns:dict, # N values each, or one for all
+                        ) -> Records:
     "`Records.from_arrays`."
     images = images if isinstance(images, np.ndarray) else np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -239,12 +242,16 @@ def records_from_arrays(images, name:str, columns:dict) -> Records:
     table = {k: pd.Series(v).reset_index(drop=True) if isinstance(v, pd.Series) else v for k, v in table.items()}
     return Records(standard_table(table), ArraySource(images), name=name)
 
-def source_rows(records:Records, which) -> np.ndarray: # (M,) int64
+def source_rows(records:Records,
+                which, # positions, mask, slice or query
+                ) -> np.ndarray: # (M,) int64
     "The rows of the source behind some positions of the table."
     positions = row_positions(records.table, which)
     return positions if records.rows is None else records.rows[positions]
 
-def select_records(records:Records, which) -> Records:
+def select_records(records:Records,
+                   which, # positions, mask, slice or query
+                   ) -> Records:
     "`Records.select`."
     positions = row_positions(records.table, which)
     table = records.table.iloc[positions].reset_index(drop=True)
@@ -252,8 +259,11 @@ def select_records(records:Records, which) -> Records:
         if isinstance(table[name].dtype, pd.CategoricalDtype): table[name] = table[name].cat.remove_unused_categories()
     return Records(table, records.source, positions if records.rows is None else records.rows[positions], records.name, records.skipped)
 
-# %% ../../nbs/10_records.ipynb #b13c2430
-def read_images(records:Records, indices=None, size=None) -> np.ndarray:
+# %% ../../nbs/10_records.ipynb #3b470d0b
+def read_images(records:Records,
+                indices=None, # positions, mask, slice or query; None: all
+                size=None,    # side in pixels or (height, width); None: as stored
+                ) -> np.ndarray: # (N, 3, H, W) float32 in [-1, 1]
     "`Records.images`."
     rows = source_rows(records, slice(None) if indices is None else indices)
     out, shape = None, None
@@ -269,7 +279,11 @@ def read_images(records:Records, indices=None, size=None) -> np.ndarray:
         return np.zeros((0, 3, h, w), np.float32)
     return out
 
-def read_batches(records:Records, batch_size:int, size=None, ahead:int=0):
+def read_batches(records:Records,
+                 batch_size:int, # images at a time
+                 size=None,      # as in `read_images`
+                 ahead:int=0,    # batches that a thread decodes in advance
+                 ):              # yields (indices, images)
     "`Records.batches`."
     if batch_size < 1 or ahead < 0: raise ConfigError("batch_size must be at least 1 and ahead at least 0", (batch_size, ahead))
     parts = [np.arange(start, min(start + batch_size, len(records))) for start in range(0, len(records), batch_size)]
@@ -289,8 +303,10 @@ def _read_ahead(records, parts, size, ahead):
         for part, job in waiting: yield part, job.result()
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../../nbs/10_records.ipynb #e1909dfe
-def readable_records(records:Records, on_error:str="skip") -> Records:
+# %% ../../nbs/10_records.ipynb #b3939e3f
+def readable_records(records:Records,
+                     on_error:str="skip", # "raise" stops at the first damaged image
+                     ) -> Records:
     "`Records.readable`."
     skipped, keep = Skipped(records.skipped), np.ones(len(records), bool)
     for i, row in enumerate(progress(source_rows(records, slice(None)), f"checking {records.name}", unit="img")):
@@ -357,7 +373,7 @@ def _install(temporary:Path, path:Path) -> Path:
     shutil.rmtree(old, ignore_errors=True)
     return path
 
-# %% ../../nbs/10_records.ipynb #cd23be97
+# %% ../../nbs/10_records.ipynb #fb469cf7
 def write_images(records:Records, # what to write
                  folder:Path,     # exists
                  format:str="png", # for images that are not encoded yet
@@ -399,7 +415,8 @@ def save_records(records:Records,      # what to write
         raise
     finally: shutil.rmtree(temporary, ignore_errors=True)
 
-def load_records(folder) -> Records:
+def load_records(folder # with records.parquet
+                 ) -> Records:
     "`Records.load`."
     folder = Path(folder)
     if not (folder/"records.parquet").is_file(): raise DataError(f"{folder} has no records.parquet", None, "Read folders of others with hyperface.data.formats.read_dataset")
