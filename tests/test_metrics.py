@@ -211,7 +211,7 @@ def test_bad_input_is_named(call, s, y, word):
 
 @pytest.mark.parametrize("call", [lambda s, y: V.tar_at_far(s, y, far=2), lambda s, y: V.tar_at_far(s, y, far=np.nan), lambda s, y: V.tar_at_far(s, y, method="linear"), lambda s, y: V.tar_at_far(s, y, interval="wald"),
     lambda s, y: V.tar_at_far(s, y, level=95), lambda s, y: V.eer(s, y, method="x"), lambda s, y: V.kfold_accuracy(s, y, protocol="LFW10"), lambda s, y: V.kfold_accuracy(s, y, folds=1), lambda s, y: V.kfold_accuracy(s, y, folds=401),
-    lambda s, y: V.kfold_accuracy(s, y, folds=2.5), lambda s, y: V.kfold_accuracy(s, y, folds=None), lambda s, y: V.kfold_accuracy(s, y, folds=np.nan), lambda s, y: V.roc(s, y).at(np.nan), lambda s, y: V.eer(s), lambda s, y: V.eer(V.roc(s, y), y)])
+    lambda s, y: V.kfold_accuracy(s, y, folds=2.5), lambda s, y: V.kfold_accuracy(s, y, folds=None), lambda s, y: V.kfold_accuracy(s, y, folds=np.nan), lambda s, y: V.roc(s, y).at(np.nan), lambda s, y: V.tar_at_far(s, y, far='1e-3x'), lambda s, y: V.tar_at_far(s, y, far=None), lambda s, y: C.confusion(s, y, None), lambda s, y: C.confusion(s, y, np.nan), lambda s, y: V.eer(s), lambda s, y: V.eer(V.roc(s, y), y)])
 def test_bad_settings_are_refused(call):
     with pytest.raises(ConfigError): call(*scored(0))
 
@@ -235,6 +235,15 @@ def test_results_survive_copies_pickles_and_json(tmp_path):
             assert twin == result and repr(twin) == repr(result) and twin.threshold == result.threshold
         assert read_json(write_json(tmp_path/"r.json", dict(x=result)))["x"] == float(result)
         assert f"{result:.3f}" == f"{float(result):.3f}" and np.array([result]).dtype == np.float64
+
+
+def test_masked_scores_are_missing_scores():
+    with pytest.raises(DataError, match="pair 1"): V.eer(np.ma.masked_array([.9, .8, .1], mask=[0, 1, 0]), [1, 1, 0])
+
+
+def test_extreme_lengths_of_embeddings():
+    a = rng(0, "length").standard_normal((5, 8))
+    for scale in (1e-250, 1e250): assert np.abs(V.pair_scores(a*scale, -a/scale) + 1).max() < 1e-15
 
 
 def test_pair_scores():
@@ -365,7 +374,7 @@ def test_bootstrap_weights_are_what_drawing_people_means():
 
 def test_bootstrap_faults():
     s, y, p, q = population(0)
-    for bad in (lambda: V.identity_bootstrap(s, ~y, p, q), lambda: V.identity_bootstrap(s[1:], y[1:], p, q), lambda: V.identity_bootstrap(s, y, p.astype(float)*np.nan, q),
+    for bad in (lambda: V.SortedPairs(s, y).curve(np.ones(3)), lambda: V.SortedPairs(s, y).curve(-np.ones(len(s))), lambda: V.SortedPairs(s, y).curve(np.zeros(len(s))), lambda: V.identity_bootstrap(s, ~y, p, q), lambda: V.identity_bootstrap(s[1:], y[1:], p, q), lambda: V.identity_bootstrap(s, y, p.astype(float)*np.nan, q),
                 lambda: V.identity_bootstrap([.9, .1], [1, 0], ["a", "a"], ["a", "b"], n=50)):
         with pytest.raises(DataError): bad()
     with pytest.raises(ConfigError): V.identity_bootstrap(s, y, p, q, level=95)
@@ -408,9 +417,16 @@ def test_ratio_intervals_hold_their_value_and_cover(name):
     for k in range(120):
         tp, fn = g.multinomial(500, truth[:2]/truth[:2].sum()); fp, tn = g.multinomial(500, truth[2:]/truth[2:].sum())
         rate = C.ratio_interval(C.Confusion(tp=tp, fn=fn, fp=fp, tn=tn), name, level=.9)
-        assert rate.low <= rate <= rate.high
+        assert rate.low <= rate <= rate.high and rate.low < rate.high
         hits += rate.low <= exact <= rate.high
     assert hits/120 > .8
+
+
+def test_no_errors_is_no_certainty():
+    c = C.Confusion(tp=20, fn=0, fp=0, tn=20)
+    for name in C.RATIOS:
+        rate = C.ratio_interval(c, name)
+        assert rate.high - rate.low > .05 and rate.low <= rate <= rate.high
 
 
 # ---- fairness --------------------------------------------------------------------------------------------------------
@@ -460,7 +476,7 @@ def test_fairness_edges():
     empty = F.fairness(s, y, a, b, threshold=9.)                           # nobody gets in
     assert float(empty.summary["FMR Gini (FPD)"]) == 0 and math.isnan(empty.summary["FMR ratio"]) and math.isnan(empty.summary["IR"]) and np.isfinite(float(empty.summary["IR smoothed"]))
     for bad in (lambda: F.fairness(s, y, a*0, b*0), lambda: F.fairness(s, y, a[:-1], b), lambda: F.fairness(s, y, [None]*len(s), b*0), lambda: F.fairness(s, y, a, b, threshold=np.nan), lambda: F.fairness(s, y, a, b, alpha=2),
-                lambda: F.fairness(s, y, a, b, id_a=a), lambda: F.fairness(s*np.nan, y, a, b), lambda: F.gini([.5]), lambda: F.fdr([.1, .2], [.1, 1.2]), lambda: F.ser([99.1, 98.2])):
+                lambda: F.fairness(s, y, a, b, id_a=a), lambda: F.fairness(s*np.nan, y, a, b), lambda: F.gini([.5]), lambda: F.fdr([.1, .2], [.1, 1.2]), lambda: F.ser([99.1, 98.2]), lambda: F.fdr([.1, .2, .3], [.1, .2]), lambda: F.garbe(dict(a=.1, b=.2), dict(a=.1, c=.2))):
         with pytest.raises((DataError, ConfigError)): bad()
     import pandas as pd
     ages = pd.Categorical(np.array(["20-30", "3-10", "60+"])[a % 3], categories=["3-10", "20-30", "60+"], ordered=True)

@@ -6,14 +6,14 @@
 __all__ = ['RATIOS', 'Confusion', 'confusion_ratios', 'confusion_from_predictions', 'confusion', 'confusion_by_fold',
            'ratio_interval', 'plot_matrix', 'plot_confusion', 'metrics_table', 'counts_table', 'confusion_frame']
 
-# %% ../../nbs/41_confusion.ipynb #9d902d7b
+# %% ../../nbs/41_confusion.ipynb #6763b6b8
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..core import ConfigError, DataError, rng
-from .verification import Rate, check_labels, check_pairs, proportion_interval
+from .verification import Rate, check_fraction, check_labels, check_pairs, proportion_interval
 
 # %% ../../nbs/41_confusion.ipynb #c5091be3
 def _count(name:str, value) -> int:
@@ -78,7 +78,7 @@ def confusion_ratios(c:Confusion, # the counts
         npv=share(c.tn, c.tn + c.fn), mcc=(c.tp*c.tn - c.fp*c.fn)/math.sqrt(margins) if margins else zero_division)
     return {name: float(values[name]) for name in RATIOS}
 
-# %% ../../nbs/41_confusion.ipynb #f5af4b77
+# %% ../../nbs/41_confusion.ipynb #1ef579f0
 def confusion_from_predictions(predicted, # (N,) bool, 0/1 or -1/1: true = accepted as the same person
                                labels,    # (N,) true = genuine
                                ) -> Confusion:
@@ -97,8 +97,10 @@ def confusion(scores,          # (N,) numbers, higher = more alike
     "Count the four outcomes at a threshold."
     from dataclasses import replace
     s, y = check_pairs(scores, labels)
-    if np.ndim(threshold) or math.isnan(float(threshold)): raise ConfigError("threshold must be one number", threshold, "confusion_by_fold counts with one threshold per fold")
-    return replace(confusion_from_predictions(s >= float(threshold), y), threshold=float(threshold))
+    try: t = float(threshold)
+    except (TypeError, ValueError): t = math.nan
+    if math.isnan(t): raise ConfigError("threshold must be one number", threshold, "confusion_by_fold counts with one threshold per fold")
+    return replace(confusion_from_predictions(s >= t, y), threshold=t)
 
 # %% ../../nbs/41_confusion.ipynb #888c5bb2
 def confusion_by_fold(scores,     # (N,) numbers, higher = more alike
@@ -115,7 +117,7 @@ def confusion_by_fold(scores,     # (N,) numbers, higher = more alike
     if fold.max() + 1 != len(t): raise DataError("Number of folds and of thresholds differ", (int(fold.max()) + 1, len(t)))
     return confusion_from_predictions(s >= t[fold], y)
 
-# %% ../../nbs/41_confusion.ipynb #6dfb4a15
+# %% ../../nbs/41_confusion.ipynb #05ae3309
 _PARTS = dict(accuracy=("tp", "tn", "fn", "fp"), precision=("tp", "fp"), recall=("tp", "fn"), sensitivity=("tp", "fn"), specificity=("tn", "fp"),
               fpr=("fp", "tn"), fnr=("fn", "tp"), npv=("tn", "fn"))                         # successes first; accuracy has two
 
@@ -123,7 +125,7 @@ def ratio_interval(c:Confusion,            # the counts
                    name:str,               # one of RATIOS
                    level:float=.95,        # coverage
                    method:str="wilson",    # "wilson" or "clopper-pearson", for proportions
-                   seed:int=0,             # of the redrawing for mcc and balanced accuracy
+                   seed:int=0,             # of the draws for mcc and balanced accuracy
                    ) -> Rate:              # nan with interval (nan, nan) where the ratio has no denominator
     "A ratio with the confidence interval that pairs drawn independently would give it."
     if name not in RATIOS: raise ConfigError(f"name must be one of {', '.join(RATIOS)}", name)
@@ -135,14 +137,13 @@ def ratio_interval(c:Confusion,            # the counts
     elif name == "f1":
         low, high = (2*j/(1 + j) for j in proportion_interval(c.tp, c.tp + c.fp + c.fn, level, method))
     else:
-        if not 0 < level < 1: raise ConfigError("level must lie between 0 and 1", level)
+        check_fraction("level", level, inside=True)
         g, n = rng(seed, "ratio_interval", name), 4000
-        tp, tn = (g.binomial(size, ok/size, n).astype(float) for size, ok in ((c.genuine, c.tp), (c.impostor, c.tn)))
-        fn, fp = c.genuine - tp, c.impostor - tn
-        with np.errstate(invalid="ignore", divide="ignore"):
-            draws = (tp*tn - fp*fn)/np.sqrt((tp + fp)*(tp + fn)*(tn + fp)*(tn + fn)) if name == "mcc" else (tp/c.genuine + tn/c.impostor)/2
-        low, high = np.nanquantile(draws, [(1 - level)/2, (1 + level)/2])
-        method = "redrawn counts"
+        recall, specificity = (g.beta(ok + .5, size - ok + .5, n) for size, ok in ((c.genuine, c.tp), (c.impostor, c.tn)))
+        tp, tn = recall*c.genuine, specificity*c.impostor; fn, fp = c.genuine - tp, c.impostor - tn
+        draws = (tp*tn - fp*fn)/np.sqrt((tp + fp)*(tp + fn)*(tn + fp)*(tn + fn)) if name == "mcc" else (recall + specificity)/2
+        low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2])
+        low, high, method = min(low, value), max(high, value), "Jeffreys draws"
     return Rate(value, math.nan if c.threshold is None else c.threshold, low, high, f"{level:.0%} {method}")
 
 # %% ../../nbs/41_confusion.ipynb #4ff27f8a

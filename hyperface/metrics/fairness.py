@@ -6,17 +6,17 @@
 __all__ = ['FAIR', 'gap', 'ratio', 'gini', 'fdr', 'inequity_rate', 'garbe', 'ser', 'jeffreys', 'Fairness', 'fairness',
            'plot_group_det', 'plot_cross', 'plot_gaps', 'chance_level', 'rfw_table']
 
-# %% ../../nbs/42_fairness.ipynb #514bea1d
+# %% ../../nbs/42_fairness.ipynb #32f70130
 import math
 
 import numpy as np
 
 from ..core import ConfigError, DataError, rng
 from .confusion import plot_matrix
-from .verification import Rate, SortedPairs, check_pairs, identity_weights, kfold_accuracy, proportion_interval, roc, tar_at_far, _thin
+from .verification import Rate, SortedPairs, check_fraction, check_pairs, identity_weights, kfold_accuracy, proportion_interval, roc, tar_at_far, _thin
 from ..style import CYCLE, MEANING
 
-# %% ../../nbs/42_fairness.ipynb #e663884d
+# %% ../../nbs/42_fairness.ipynb #f8ddc404
 def _rates(x, name:str) -> np.ndarray:
     "At least two rates in [0, 1]."
     r = np.asarray(list(x.values()) if isinstance(x, dict) else x, dtype=np.float64)
@@ -24,10 +24,12 @@ def _rates(x, name:str) -> np.ndarray:
     if not (np.isfinite(r) & (r >= 0) & (r <= 1)).all(): raise DataError(f"{name} must be rates in [0, 1], one per group", r.tolist(), "Leave out groups without pairs, and say so")
     return r
 
-def _alpha(alpha:float) -> float:
-    "The weight of FMR."
-    if not 0 <= alpha <= 1: raise ConfigError("alpha (the weight of FMR) must lie in [0, 1]", alpha)
-    return alpha
+def _weights(fmr, fnmr, alpha:float) -> tuple[float, float]:
+    "The weights of FMR and FNMR; the two must be rates of the same groups."
+    if len(fmr) != len(fnmr): raise DataError("fmr and fnmr must be rates of the same groups", (len(fmr), len(fnmr)))
+    if isinstance(fmr, dict) and isinstance(fnmr, dict) and fmr.keys() != fnmr.keys(): raise DataError("fmr and fnmr must be rates of the same groups", (list(fmr), list(fnmr)))
+    alpha = check_fraction("alpha (the weight of FMR)", alpha)
+    return alpha, 1 - alpha
 
 def gap(rates # (n,) in [0, 1]
         ) -> float:
@@ -46,24 +48,27 @@ def gini(rates # (n,) in [0, 1]
     r = np.sort(_rates(rates, "rates")); n = len(r)
     return float(2*((2*np.arange(1, n + 1) - n - 1)*r).sum()/(2*n*(n - 1)*r.mean())) if r.max() > 0 else 0.
 
-# %% ../../nbs/42_fairness.ipynb #8b20ba2f
+# %% ../../nbs/42_fairness.ipynb #3f6b1790
 def fdr(fmr, fnmr,       # (n,) rates of the groups at one threshold
         alpha:float=.5,  # weight of FMR
         ) -> float:      # 1 = fair
     "Fairness discrepancy rate."
-    return 1 - (_alpha(alpha)*gap(fmr) + (1 - alpha)*gap(fnmr))
+    a, b = _weights(fmr, fnmr, alpha)
+    return 1 - (a*gap(fmr) + b*gap(fnmr))
 
 def inequity_rate(fmr, fnmr,      # (n,) rates of the groups at one threshold
                   alpha:float=.5, # weight of FMR
                   ) -> float:     # 1 = fair; nan where a rate that counts is zero
     "Inequity rate."
-    return float(ratio(fmr)**_alpha(alpha)*ratio(fnmr)**(1 - alpha))
+    a, b = _weights(fmr, fnmr, alpha)
+    return float(ratio(fmr)**a*ratio(fnmr)**b)                            # nan**0 is 1: a rate of weight zero may be undefined
 
 def garbe(fmr, fnmr,      # (n,) rates of the groups at one threshold
           alpha:float=.5, # weight of FMR
           ) -> float:     # 0 = fair
     "Gini aggregation rate for biometric equitability."
-    return _alpha(alpha)*gini(fmr) + (1 - alpha)*gini(fnmr)
+    a, b = _weights(fmr, fnmr, alpha)
+    return a*gini(fmr) + b*gini(fnmr)
 
 def ser(accuracy # (n,) accuracy of the groups in [0, 1]
         ) -> float: # 1 = fair; nan where a group has no error
@@ -159,7 +164,7 @@ class Fairness:
         return head + self.table.to_html(float_format="{:.5f}".format, na_rep="n.a.") + self.figures.to_html(float_format="{:.4f}".format, na_rep="n.a.")
     def __repr__(self): return f"Fairness({', '.join(self.groups)}; threshold {self.threshold:.4f}, overall FMR {self.far:.3g}, FNMR {self.frr:.3g})"
 
-# %% ../../nbs/42_fairness.ipynb #28af06f0
+# %% ../../nbs/42_fairness.ipynb #cb571449
 def fairness(scores, labels,        # (N,) numbers, higher = more alike; (N,) true = genuine
              group_a,               # (N,) group on one side of each pair; None or "" is missing
              group_b=None,          # (N,) on the other side; None: the same (pairs within groups only, as RFW)
@@ -172,7 +177,7 @@ def fairness(scores, labels,        # (N,) numbers, higher = more alike; (N,) tr
              ) -> Fairness:
     "False match and non-match rates per group at one threshold, and every figure of how they differ."
     s, y = check_pairs(scores, labels)
-    _alpha(alpha)
+    check_fraction("alpha", alpha)
     a, b, names = _group_codes(group_a, group_b, len(s))
     known = (a >= 0) & (b >= 0)
     mixed = int((known & y & (a != b)).sum())
@@ -180,8 +185,7 @@ def fairness(scores, labels,        # (N,) numbers, higher = more alike; (N,) tr
     s, y, a, b = s[known], y[known], a[known], b[known]
     if not len(s): raise DataError("No pair has a group on both sides")
     if threshold is None: t = tar_at_far(s, y, far=far, interval=None).threshold
-    elif np.ndim(threshold) or math.isnan(threshold): raise ConfigError("threshold must be one number: one threshold for everybody", threshold)
-    else: t = float(threshold)
+    elif np.ndim(threshold) or math.isnan(t := float(threshold)): raise ConfigError("threshold must be one number: one threshold for everybody", threshold)
     result = Fairness(s, y, a, b, names, t, alpha, note + _absent(names, a, b, y))
     if (id_a is None) != (id_b is None): raise ConfigError("Give id_a and id_b, or neither")
     if id_a is not None: _bootstrap(result, np.asarray(id_a)[known], np.asarray(id_b)[known], far if threshold is None else None, n, seed)

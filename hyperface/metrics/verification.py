@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['pair_scores', 'check_labels', 'check_pairs', 'plot_scores', 'ROC', 'SortedPairs', 'roc', 'plot_roc', 'plot_det',
-           'DET', 'det', 'Rate', 'proportion_interval', 'as_curve', 'tar_at_far', 'eer', 'auc', 'FoldAccuracy',
-           'fold_numbers', 'kfold_accuracy', 'val_at_far', 'StreamingROC', 'all_pairs', 'identity_weights',
-           'identity_bootstrap', 'heldout_rates', 'VerificationReport']
+           'DET', 'det', 'Rate', 'check_fraction', 'proportion_interval', 'as_curve', 'tar_at_far', 'eer', 'auc',
+           'FoldAccuracy', 'fold_numbers', 'kfold_accuracy', 'val_at_far', 'StreamingROC', 'all_pairs',
+           'identity_weights', 'identity_bootstrap', 'heldout_rates', 'VerificationReport']
 
 # %% ../../nbs/40_verification.ipynb #8611617e
 import warnings
@@ -16,9 +16,10 @@ import numpy as np
 from ..core import ConfigError, DataError, progress, rng
 from ..style import MEANING
 
-# %% ../../nbs/40_verification.ipynb #badb5758
+# %% ../../nbs/40_verification.ipynb #84053f60
 def _array(x) -> np.ndarray:
-    "An array from a list, a series, an array or a tensor on any device."
+    "An array from a list, a series, an array or a tensor on any device; what is masked becomes NaN."
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x): return x.astype(np.float64).filled(np.nan)
     if not hasattr(x, "detach"): return np.asarray(x)
     x = x.detach().cpu()
     return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
@@ -28,10 +29,11 @@ def _rows(x, name:str) -> np.ndarray:
     x = _array(x)
     if x.ndim != 2 or x.dtype.kind not in "fiu": raise DataError(f"{name} must be a two-dimensional array of numbers (N, D)", (x.shape, str(x.dtype)))
     x = x.astype(np.float64)
-    norm = np.linalg.norm(x, axis=1)
-    bad = ~(np.isfinite(norm) & (norm > 0))
-    if bad.any(): raise DataError(f"{name}: {bad.sum()} of {len(x)} rows are zero or not finite; the first is row {bad.argmax()}", norm[bad.argmax()], "Leave out images whose embedding failed")
-    return x/norm[:, None]
+    size = np.abs(x).max(1, initial=0)                                    # (N,) scaled first: squares of 1e200 overflow
+    bad = ~(np.isfinite(size) & (size > 0))
+    if bad.any(): raise DataError(f"{name}: {bad.sum()} of {len(x)} rows are zero or not finite; the first is row {bad.argmax()}", size[bad.argmax()], "Leave out images whose embedding failed")
+    x /= size[:, None]
+    return x/np.linalg.norm(x, axis=1, keepdims=True)
 
 def pair_scores(a,             # (N, D) embeddings, any length: they are normalised here; numpy or torch
                 b,             # (N, D) the other side of each pair
@@ -153,7 +155,7 @@ def _thin(curve, points:int) -> np.ndarray:
     pick = np.concatenate([np.searchsorted(far[corner], grid, side="right") - 1, np.searchsorted(-frr[corner], -grid)])
     return corner[np.unique(np.clip(np.append(pick, [0, len(corner) - 1]), 0, len(corner) - 1))]
 
-# %% ../../nbs/40_verification.ipynb #bc6206f3
+# %% ../../nbs/40_verification.ipynb #38643131
 class SortedPairs:
     "Scored pairs, sorted once: the curve, or the curve of any weighting of the pairs, is then a cumulative sum."
     def __init__(self,
@@ -173,7 +175,9 @@ class SortedPairs:
             true = np.append(0, np.cumsum(self.labels)[self.ends])
             both = np.append(0, self.ends + 1)
         else:
-            w = np.asarray(weights, dtype=np.float64)[self.order]
+            w = np.asarray(weights, dtype=np.float64)
+            if w.shape != self.order.shape: raise DataError("weights must hold one number per pair", w.shape, f"There are {len(self.order)} pairs")
+            w = w[self.order]
             if not (np.isfinite(w) & (w >= 0)).all(): raise DataError("weights must be finite and not negative")
             true, false = (np.append(0, np.cumsum(np.where(m, w, 0))[self.ends]) for m in (self.labels, ~self.labels))
             return kind(self.thresholds, false, true, false[-1], true[-1])
@@ -268,7 +272,15 @@ class Rate(float):
         return text + (f"; {self.note}" if self.note else "")
     __str__ = __repr__
 
-# %% ../../nbs/40_verification.ipynb #d6605b14
+# %% ../../nbs/40_verification.ipynb #f8653752
+def check_fraction(name:str, value, inside:bool=False # without the ends
+                   ) -> float:
+    "A number in [0, 1] (or strictly inside), else an error that names it."
+    try: number = float(value)
+    except (TypeError, ValueError): number = np.nan
+    if not (0 < number < 1 if inside else 0 <= number <= 1): raise ConfigError(f"{name} must lie " + ("strictly between 0 and 1" if inside else "in [0, 1]"), value)
+    return number
+
 def proportion_interval(k,                   # successes, number or array
                         n,                   # trials, number or array
                         level:float=.95,     # coverage, in (0, 1)
@@ -276,7 +288,7 @@ def proportion_interval(k,                   # successes, number or array
                         ) -> tuple:          # lower and upper end; (0, 1) where there were no trials
     "Confidence interval of a proportion of independent trials."
     from scipy.special import betaincinv, ndtri
-    if not 0 < level < 1: raise ConfigError("level must lie between 0 and 1", level)
+    check_fraction("level", level, inside=True)
     k, n = np.broadcast_arrays(np.asarray(k, dtype=float), np.asarray(n, dtype=float))
     if not ((k >= 0) & (k <= n)).all(): raise DataError("Successes must lie between 0 and the number of trials", (k.tolist(), n.tolist()))
     some = np.maximum(n, 1)
@@ -292,7 +304,7 @@ def proportion_interval(k,                   # successes, number or array
     low, high = np.where(n == 0, 0., low), np.where(n == 0, 1., high)
     return (float(low), float(high)) if low.ndim == 0 else (low, high)
 
-# %% ../../nbs/40_verification.ipynb #f9ff932b
+# %% ../../nbs/40_verification.ipynb #8f3b4366
 def as_curve(scores,      # (N,) scores, or a curve that was made before
              labels=None, # (N,) true = genuine; None with a curve
              ) -> ROC:
@@ -318,7 +330,7 @@ def tar_at_far(scores,               # (N,) scores, or a curve
     _check_choice("method", method, ("step", "interpolated"))
     curve = as_curve(scores, labels)
     if np.ndim(far): return [tar_at_far(curve, None, f, method, interval, level) for f in far]
-    if not 0 <= far <= 1: raise ConfigError("far must lie in [0, 1]", far)
+    far = check_fraction("far", far)
     reached = curve.far
     i = int(np.searchsorted(reached, far, side="right")) - 1
     tar, at, threshold = curve.true_accepts[i]/curve.n_genuine, reached[i], curve.thresholds[i]
@@ -447,14 +459,14 @@ def kfold_accuracy(scores,       # (N,) scores, in the order of the protocol's f
         right = (d < thresholds[fold]) == y
     return FoldAccuracy(np.bincount(fold, weights=right, minlength=count)/sizes, thresholds, sizes, protocol)
 
-# %% ../../nbs/40_verification.ipynb #6d7bd12a
+# %% ../../nbs/40_verification.ipynb #a8a1ec49
 def val_at_far(scores,       # (N,) cosine similarities, in the order of the protocol's file
                labels,       # (N,) true = genuine
                far:float=1e-3, # target false accept rate on the training folds
                folds=10,     # number of contiguous folds, or (N,) fold of each pair
                ) -> Rate:    # mean VAL, with `.std` (ddof=0), `.far` (mean FAR on the test folds), `.values`, `.fars`, `.thresholds` (squared distances)
     "VAL@FAR of insightface's verification.py: threshold interpolated on the training folds, rate measured on the test fold."
-    if not 0 < far < 1: raise ConfigError("far must lie strictly between 0 and 1", far)
+    check_fraction("far", far, inside=True)
     s, y = check_pairs(scores, labels)
     fold, d, grid = fold_numbers(folds, len(s)), _squared_distance(s), np.arange(0, 4, .001)
     count = fold.max() + 1
@@ -541,7 +553,7 @@ def _streaming_auc(self) -> Rate:
 StreamingROC.curve, StreamingROC.tar_at_far, StreamingROC.eer, StreamingROC.auc = _streaming_curve, _streaming_tar, _streaming_eer, _streaming_auc
 StreamingROC.__repr__ = lambda self: f"StreamingROC({self.counts[1].sum():,} genuine, {self.counts[0].sum():,} impostor pairs in {self.counts.shape[1]:,} bins)"
 
-# %% ../../nbs/40_verification.ipynb #7ad775a5
+# %% ../../nbs/40_verification.ipynb #3e1b3fa2
 def all_pairs(embeddings,        # (N, D), any length: normalised here
               identity,          # (N,) who is on each photograph, any values
               into:StreamingROC|None=None, # counter to add to; None = a new one
@@ -553,6 +565,7 @@ def all_pairs(embeddings,        # (N, D), any length: normalised here
     code = np.unique(_identities(identity, len(x)), return_inverse=True)[1]
     order = np.argsort(code, kind="stable"); code = code[order]           # genuine pairs now lie near the diagonal
     into = StreamingROC() if into is None else into
+    if chunk < 1: raise ConfigError("chunk must be at least 1", chunk)
     if not 0 <= part[0] < part[1]: raise ConfigError("part must be (k, n) with 0 <= k < n", part)
     block = lambda i: _rows(x[order[i:i + chunk]], "embeddings").astype(np.float32)
     for i in progress(range(part[0]*chunk, len(x), part[1]*chunk), "all pairs", unit="block"):
@@ -567,7 +580,7 @@ def all_pairs(embeddings,        # (N, D), any length: normalised here
             into.add(s[s > -5] if i == j else s, False)
     return into
 
-# %% ../../nbs/40_verification.ipynb #176e3413
+# %% ../../nbs/40_verification.ipynb #06cc9070
 def identity_weights(id_a,     # (N,) identity of the first side of each pair
                      id_b,     # (N,) of the second side
                      n:int,    # replicates
@@ -589,7 +602,8 @@ def identity_bootstrap(scores, labels,   # (N,) scores; (N,) true = genuine
                        seed:int=0,       # of the draws
                        ) -> Rate:        # the value on all pairs, percentile interval, `.samples` (n,)
     "A figure with an interval that says how it varies with the people in the sample, not with the pairs."
-    if not 0 < level < 1 or n < 2: raise ConfigError("level must lie between 0 and 1 and n be at least 2", (level, n))
+    check_fraction("level", level, inside=True)
+    if n < 2: raise ConfigError("n must be at least 2 draws", n)
     pairs = SortedPairs(scores, labels)
     if len(np.asarray(id_a)) != len(pairs.order): raise DataError("scores and id_a differ in length", (len(pairs.order), len(np.asarray(id_a))))
     wrong = (np.asarray(id_a) == np.asarray(id_b)) != check_labels(labels)
