@@ -53,7 +53,8 @@ def test_save_refuses_an_occupied_folder_and_leaves_nothing_behind(records, tmp_
     (tmp_path/"set"/"mine.txt").write_text("keep me")
     with pytest.raises(DataError, match="not empty"):
         records.save(tmp_path/"set")
-    monkeypatch.setattr(pd.DataFrame, "to_parquet", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    import pyarrow.parquet
+    monkeypatch.setattr(pyarrow.parquet, "write_table", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(DataError, match="No space"):
         records.save(tmp_path/"other")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set"] and (tmp_path/"set"/"mine.txt").exists()
@@ -173,6 +174,29 @@ def test_zip_agrees_with_zipfile_deflated_and_zip64(records, tmp_path):
     back = containers.read_zip(tmp_path/"d.zip")
     np.testing.assert_array_equal(back.images(), records.images(slice(0, 6)))
     assert back.identities.tolist() == [None]*6
+
+
+def test_vectors_survive_saving(records, tmp_path):
+    vectors = np.random.default_rng(0).standard_normal((15, 7)).astype(np.float32)
+    r = containers.read_zip(containers.write_zip(records, tmp_path/"x.zip", vectors))
+    back = Records.load(r.select([3, 1]).save(tmp_path/"s"))
+    np.testing.assert_array_equal(containers.vectors_of(back.table.label), vectors[[3, 1]])
+
+
+def test_a_folder_of_containers_is_recognised(records, tmp_path):
+    containers.write_rec(records, tmp_path/"faces"/"webface", format="png")
+    back = formats.read_dataset(tmp_path/"faces")
+    assert back.format == "rec" and len(back) == 15
+
+
+def test_threads_may_share_a_source(records, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    path = containers.write_lmdb(records, tmp_path/"x", format="png")
+    for _ in range(20):
+        r = formats.read_dataset(path)
+        with ThreadPoolExecutor(8) as pool:
+            for i, x in zip(range(15), pool.map(r.pixels, range(15))):
+                np.testing.assert_array_equal(x, records.pixels(i))
 
 
 def test_stylegan_folder_equals_zip(records, tmp_path):
@@ -417,6 +441,13 @@ def test_impossible_draws_say_why(change, message):
     r = Records.from_arrays(np.zeros((600, 1, 1, 3), np.uint8), identity=np.arange(600)//2)
     with pytest.raises((DataError, ConfigError), match=message):
         pairs.draw_pairs(r, **{**dict(n_genuine=100, n_impostor=100), **change})
+
+
+def test_every_impostor_pair_of_a_set_of_nearly_one_person():
+    r = Records.from_arrays(np.zeros((1002, 1, 1, 3), np.uint8), identity=np.array([0]*1000 + [1, 2]))
+    p = pairs.draw_pairs(r, 10, 2001, folds=1)                                # 2001 impostor pairs among 501,501
+    assert len(np.unique(np.minimum(p.left, p.right)[~p.labels]*2000 + np.maximum(p.left, p.right)[~p.labels])) == 2001
+    assert (r.codes[p.left] != r.codes[p.right])[~p.labels].all()
 
 
 def test_no_identities_no_pairs():

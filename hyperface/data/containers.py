@@ -21,7 +21,7 @@ from ..core import ConfigError, DataError, atomic_path, progress, write_text
 from .images import decode_image, encode_image
 from .records import Records, Skipped, Source, file_name, source_rows, standard_table, tolerate
 
-# %% ../../nbs/12a_containers.ipynb #619454be
+# %% ../../nbs/12a_containers.ipynb #47217905
 MAX_IMAGE_BYTES = 64*2**20     # no picture of a face is larger; a declared length above is damage
 
 class OpenFile:
@@ -35,9 +35,10 @@ class OpenFile:
     def __getstate__(self): return dict(path=self.path, size=self.size, _handle=None, _pid=None)
     def read(self, offset:int, n:int) -> bytes:
         "n bytes at an offset; `DataError` if the file ends before."
-        if self._pid != os.getpid(): self._handle, self._pid = open(self.path, "rb"), os.getpid()
+        handle = self._handle if self._pid == os.getpid() else None  # held here, so that no other thread can close it
+        if handle is None: handle = self._handle = open(self.path, "rb"); self._pid = os.getpid()
         if offset < 0 or n < 0 or offset + n > self.size: raise DataError(f"{self.path} ends before byte {offset + n:,} (it has {self.size:,})", None, "The file is cut off; fetch it again")
-        content = os.pread(self._handle.fileno(), n, offset)
+        content = os.pread(handle.fileno(), n, offset)
         if len(content) != n: raise DataError(f"{self.path} became shorter while it was read, at byte {offset + len(content):,}")
         return content
     def gather(self, offsets:np.ndarray, # (N,) bytes
@@ -551,53 +552,69 @@ def _lmdb_value(file:OpenFile, offset:int, length:int) -> tuple[int, int, int, i
     if label < 0: raise DataError(f"label {label}")
     return offset + start, n, *feature, label
 
-# %% ../../nbs/12a_containers.ipynb #a80069cb
+# %% ../../nbs/12a_containers.ipynb #eea35869
 def _special(file:OpenFile, name:str, spans:dict):
-    "The value of a special key."
+    "The value of a special key, a number; of `__keys__`, an array of bytes."
     import msgpack
+    from itertools import islice
     if name not in spans: raise DataError(f"{file.path} has no entry {name}", None, "Not an LMDB of images as Vec2Face writes them")
-    try: return msgpack.unpackb(file.read(*spans[name]), raw=True)
-    except DataError: raise
-    except Exception as e: raise DataError(f"{file.path} at byte {spans[name][0]:,}: {name} is not msgpack: {e}") from e
+    content = file.read(*spans[name])
+    try:
+        if name != "__keys__": return msgpack.unpackb(content, raw=True)
+        unpacker = msgpack.Unpacker(raw=True, max_buffer_size=len(content) + 1); unpacker.feed(content)
+        n, parts = unpacker.read_array_header(), []
+        while part := list(islice(unpacker, 100_000)):
+            if not all(isinstance(k, bytes) for k in part): raise ValueError("a key that is not bytes")
+            parts.append(np.array(part, dtype="S"))
+        if sum(map(len, parts)) != n: raise ValueError(f"{n:,} keys announced, {sum(map(len, parts)):,} there")
+        return np.concatenate(parts or [np.zeros(0, "S1")])
+    except Exception as e: raise DataError(f"{file.path} at byte {spans[name][0]:,}: {name} is not msgpack of a known kind: {e}") from e
+
+def _lmdb_index(file:OpenFile): # -> keys (N,) bytes, places (N, 2) offset and length, special entries
+    "All entries of an LMDB as arrays."
+    from array import array
+    spans, places, parts, some = {}, array("q"), [], []
+    for key, offset, length in walk_lmdb(file):
+        if key[:2] == b"__": spans[key.decode("latin-1")] = (offset, length); continue
+        some.append(key); places.extend((offset, length))
+        if len(some) == 100_000: parts.append(np.array(some, dtype="S")); some = []
+    return np.concatenate([*parts, np.array(some or [b""], dtype="S")[:len(some)]]), np.array(places, np.int64).reshape(-1, 2), spans
 
 def _lmdb_order(file, keys:np.ndarray, spans) -> np.ndarray:
     "The positions of the keys in the order that `__keys__` lists them; `DataError` if the two differ."
-    listed = _special(file, "__keys__", spans)
-    if not isinstance(listed, list) or not all(isinstance(k, bytes) for k in listed): raise DataError(f"{file.path}: __keys__ is not a list of keys")
-    said = _special(file, "__len__", spans)
+    listed, said = _special(file, "__keys__", spans), _special(file, "__len__", spans)
     if said != len(listed) or len(listed) != len(keys): raise DataError(f"{file.path}: __len__ says {said!r}, __keys__ lists {len(listed):,}, and {len(keys):,} images are there", None, "The file is damaged, or was not finished")
     if not len(keys): return np.zeros(0, np.int64)
-    listed = np.array(listed, dtype="S")
-    at = np.minimum(np.searchsorted(keys, listed), len(keys) - 1)
+    rank = np.argsort(keys, kind="stable")
+    at = rank[np.minimum(np.searchsorted(keys, listed, sorter=rank), len(keys) - 1)]
     wrong = np.flatnonzero(keys[at] != listed)
-    if len(wrong): raise DataError(f"{file.path}: __keys__ lists an image that is not there", listed[wrong[0]])
+    if len(wrong): raise DataError(f"{file.path}: __keys__ lists an image that is not there", bytes(listed[wrong[0]]))
     if len(np.unique(at)) != len(at): raise DataError(f"{file.path}: __keys__ lists an image twice")
     return at
 
+# %% ../../nbs/12a_containers.ipynb #5d3b4bf9
 def read_lmdb(path,                 # folder with data.mdb, or the file
               on_error:str="raise", # or "skip"
               ) -> Records:         # identity = label
     "HSFace's and Vec2Face's LMDB."
-    path, skipped, spans = Path(path), Skipped(), {}
+    path, skipped = Path(path), Skipped()
     file = OpenFile(path/"data.mdb" if path.is_dir() else path)
-    keys, rows = [], []
-    for key, offset, length in walk_lmdb(file):
-        if key[:2] == b"__": spans[key.decode("latin-1")] = (offset, length); continue
-        keys.append(key); rows.append((offset, length))
-    order = _lmdb_order(file, np.array(keys or [b""], dtype="S")[:len(keys)], spans)
-    classes = _special(file, "__classnum__", spans)
-    kept, values = [], []
-    for k in order:
+    keys, places, spans = _lmdb_index(file)
+    order, classes = _lmdb_order(file, keys, spans), _special(file, "__classnum__", spans)
+    if not isinstance(classes, int): raise DataError(f"{file.path}: __classnum__ is not a number", classes)
+    values, good = np.zeros((len(order), 5), np.int64), np.ones(len(order), bool)
+    for row, k in enumerate(order):
         try:
-            value = _lmdb_value(file, *rows[k])
-            if not isinstance(classes, int) or value[-1] >= classes: raise DataError(f"label {value[-1]} of {classes!r} classes")
-            kept.append(keys[k].decode("latin-1")); values.append(value)
-        except (DataError, IndexError) as e: tolerate(on_error, skipped, f"{file.path}, entry {keys[k].decode('latin-1')}", DataError(f"{file.path} at byte {rows[k][0]:,} (entry {keys[k].decode('latin-1')}): {e}"), rows[k][0])
-    values = np.array(values, np.int64).reshape(-1, 5)
-    table = standard_table(dict(image=kept, identity=values[:, 4]))
+            value = _lmdb_value(file, int(places[k, 0]), int(places[k, 1]))
+            if value[-1] >= classes: raise DataError(f"label {value[-1]} of {classes} classes")
+            values[row] = value
+        except (DataError, IndexError, OverflowError) as e:
+            name, good[row] = keys[k].decode("latin-1"), False
+            tolerate(on_error, skipped, f"{file.path}, entry {name}", DataError(f"{file.path} at byte {places[k, 0]:,} (entry {name}): {e}"), places[k, 0])
+    values, names = values[good], np.char.decode(keys[order][good], "latin-1")
     source = SpanSource(file, values[:, 0], values[:, 1])
     source.features = values[:, 2:4]
-    return Records(table, source, name=path.stem, skipped=skipped)
+    return Records(standard_table(dict(image=names, identity=values[:, 4])), source, name=path.stem, skipped=skipped)
 
 # %% ../../nbs/12a_containers.ipynb #2037aba5
 def lmdb_features(records:Records, which=None # positions; None: all

@@ -7,7 +7,7 @@ __all__ = ['MAX_DEPTH', 'BUPT_GROUPS', 'UTK_RACES', 'EXPRESSIONS', 'READERS', 'w
            'read_folder', 'read_bupt', 'read_lfw', 'read_utkface', 'read_agedb', 'read_digiface', 'read_expressions',
            'read_labelled_folder', 'detect_format', 'read_dataset']
 
-# %% ../../nbs/12_formats.ipynb #69af99e7
+# %% ../../nbs/12_formats.ipynb #083ee2fb
 import os, re
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pandas as pd
 from ..core import ConfigError, DataError, progress
 from .containers import IMAGE_SUFFIXES, _label_columns, _labels_of, read_bin, read_lmdb, read_rec, read_zip
 from .images import read_file
-from .records import FileSource, Records, Skipped, standard_table, tolerate
+from .records import TEXT, FileSource, Records, Skipped, standard_table, tolerate
 
 # %% ../../nbs/12_formats.ipynb #c95eb2b0
 MAX_DEPTH = 6
@@ -55,7 +55,7 @@ def walk_images(root,                  # a folder
         todo += [(f"{inner}/{f}" if inner else f, depth + 1) for f in reversed(folders)]
     return pa.chunked_array([*chunks, pa.array(names, pa.large_string())])
 
-# %% ../../nbs/12_formats.ipynb #88e8fce7
+# %% ../../nbs/12_formats.ipynb #6080e1be
 def fields_of(names,        # Arrow strings, N paths
               pattern:str,  # regular expression with named groups
               habit:str,    # the habit in words, for the message
@@ -93,7 +93,7 @@ def _folder_records(root, names, columns, skipped, name=None, empty_ok=False) ->
     "Records of files in a folder."
     import pyarrow as pa
     if not len(names): raise DataError(f"{root} holds no pictures of this kind", None, f"Expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ...")
-    table = standard_table(dict(image=pd.Series(names.combine_chunks(), dtype=pd.StringDtype("pyarrow", na_value=np.nan)), **columns))
+    table = standard_table(dict(image=pd.Series(names.combine_chunks(), dtype=TEXT), **columns))
     return Records(table, FileSource(root, table["image"]), name=name or Path(root).name, skipped=skipped)
 
 # %% ../../nbs/12_formats.ipynb #a3f41a81
@@ -221,7 +221,7 @@ def read_labelled_folder(root,                 # folder with dataset.json
     kept = [n for n, k in zip(listed, known) if k]
     return _folder_records(root, names.filter(known), _label_columns([labels[n] for n in kept], str(where)), skipped)
 
-# %% ../../nbs/12_formats.ipynb #cba7de27
+# %% ../../nbs/12_formats.ipynb #ff06dc56
 READERS = {
     "native":      (Records.load,         "folder with records.parquet, written by Records.save"),
     "folder":      (read_folder,          "one folder per identity: CASIA-WebFace, VGGFace2, Glint as images"),
@@ -257,8 +257,8 @@ def detect_format(path # file or folder
         kind = {".bin": "bin", ".rec": "rec", ".idx": "rec", ".lst": "rec", ".zip": "zip", ".mdb": "lmdb", ".lmdb": "lmdb", ".parquet": "native"}.get(path.suffix.lower())
         if kind is None: raise DataError(f"{path} is no data set by its suffix", path.suffix, f"Name the format: {', '.join(READERS)}")
         return kind
-    for file, kind in (("records.parquet", "native"), ("data.mdb", "lmdb"), ("dataset.json", "stylegan"), ("train.rec", "rec")):
-        if (path/file).exists(): return kind
+    for file, kind in (("records.parquet", "native"), ("data.mdb", "lmdb"), ("dataset.json", "stylegan"), ("*.rec", "rec")):
+        if any(path.glob(file)): return kind
     names = _first_names(path)
     share = lambda pattern: np.mean([bool(re.search(pattern, n)) for n in names]) if names else 0
     habits = dict(utkface=r"(^|/)\d{1,3}_[01]_[0-4]_\d{8,}\.", agedb=r"(^|/)\d+_[^/]+_\d{1,3}_[mf]\.\w+$", lfw=r"(^|/)([^/]+)/\2_\d{4}\.\w+$", digiface=r"(^|/)subjects_\d+-\d+_\d+_imgs/\d+/\d+\.",
@@ -276,7 +276,7 @@ def read_dataset(path,                 # file or folder
     if on_error not in ("raise", "skip"): raise ConfigError("on_error must be raise or skip", on_error)
     path = Path(path)
     if kind == "native": records = Records.load(path.parent if path.is_file() else path)
-    elif kind == "rec": records = read_rec(path/"train.rec" if path.is_dir() else path.with_suffix(".rec"), on_error)
+    elif kind == "rec": records = read_rec(min(path.glob("*.rec"), key=lambda p: (p.name != "train.rec", p.name), default=path/"train.rec") if path.is_dir() else path.with_suffix(".rec"), on_error)
     else: records = READERS[kind][0](path, on_error)
     records.format = kind
     return records.readable(on_error) if check else records

@@ -123,7 +123,7 @@ def read_lfw_pairs(path,                 # pairs.txt, pairsDevTrain.txt, pairsDe
     rows = np.array(rows, np.int64).reshape(-1, 4)
     return Pairs(records, rows[:, 0], rows[:, 1], rows[:, 2] == 1, rows[:, 3], Path(path).stem, skipped)
 
-# %% ../../nbs/13_pairs.ipynb #f67c1083
+# %% ../../nbs/13_pairs.ipynb #0cc86032
 def bin_pairs(records:Records, # what `read_bin` returned
               folds:int=10,    # equal parts in order, as scikit-learn's KFold without shuffling
               ) -> Pairs:
@@ -134,7 +134,10 @@ def bin_pairs(records:Records, # what `read_bin` returned
     parts = np.repeat(np.arange(folds), [n//folds + (k < n % folds) for k in range(folds)])
     return Pairs(records, np.arange(0, 2*n, 2), np.arange(1, 2*n, 2), records.table["same"].to_numpy()[::2], parts, records.name, records.skipped)
 
-def read_pair_list(path, records:Records, on_error:str="raise") -> Pairs:
+def read_pair_list(path,                 # text file
+                   records:Records,      # of the images
+                   on_error:str="raise", # or "skip"
+                   ) -> Pairs:
     "Lines of 'left right label [fold]', separated by tabs, commas or spaces; labels 1/0."
     lookup, skipped, rows = _image_lookup(records), Skipped(), []
     stem = lambda name: re.sub(r"\.\w{2,5}$", "", name.strip())
@@ -150,7 +153,9 @@ def read_pair_list(path, records:Records, on_error:str="raise") -> Pairs:
     rows = np.array(rows, np.int64).reshape(-1, 4)
     return Pairs(records, rows[:, 0], rows[:, 1], rows[:, 2] == 1, rows[:, 3], Path(path).stem, skipped)
 
-def write_pairs(pairs:Pairs, path) -> Path:
+def write_pairs(pairs:Pairs,
+                path, # text file
+                ) -> Path:
     "Write a plain list: left, right, label, fold, separated by tabs."
     names = pairs.records.table["image"].to_numpy()
     if any(re.search(r"[\t\n\r]", n) for n in names[pairs.used]): raise DataError("An image name holds a tab or a line break")
@@ -174,7 +179,7 @@ def pair_counts(records:Records) -> tuple[int, int]: # genuine, impostor
     total, genuine = int(n.sum()), int((n*(n - 1)//2).sum())
     return genuine, total*(total - 1)//2 - genuine
 
-# %% ../../nbs/13_pairs.ipynb #83b588b7
+# %% ../../nbs/13_pairs.ipynb #f5f2eb01
 def _unrank(number:np.ndarray) -> tuple[np.ndarray, np.ndarray]: # 0 <= a < b
     "The pair (a, b) with a < b whose number is b(b-1)/2 + a."
     b = ((1 + np.sqrt(1 + 8*number.astype(np.float64)))/2).astype(np.int64)
@@ -201,24 +206,33 @@ def _impostor(groups:list[np.ndarray], # positions that may be paired with each 
               n:int, draw) -> tuple[np.ndarray, np.ndarray]:
     "n different impostor pairs, uniformly over all pairs within the groups."
     sizes = np.array([len(g)*(len(g) - 1)//2 for g in groups], np.int64)
-    if sizes.sum() <= max(20*n, 100_000):                          # few enough to list
-        a, b = (np.concatenate(x) for x in zip(*[(g[i], g[j]) for g in groups for i, j in [_unrank(np.arange(len(g)*(len(g) - 1)//2))]]))
-        keep = np.flatnonzero(codes[a] != codes[b])
-        keep = keep[draw.choice(len(keep), n, replace=False)]
-        return a[keep], b[keep]
+    if sizes.sum() <= max(20*n, 100_000): return _list_impostors(groups, codes, n, draw)
     start, flat, first = np.cumsum(sizes) - sizes, np.concatenate(groups), np.concatenate([[0], np.cumsum([len(g) for g in groups])])
     found = np.zeros(0, np.int64)
-    for _ in range(200):
+    for _ in range(60):
         new = draw.integers(0, int(sizes.sum()), 2*n)
         g = np.searchsorted(np.cumsum(sizes), new, side="right")
         a, b = _unrank(new - start[g]); a, b = flat[first[g] + a], flat[first[g] + b]
         new = np.concatenate([found, new[codes[a] != codes[b]]])
         found = new[np.sort(np.unique(new, return_index=True)[1])][:n]
         if len(found) == n: break
-    else: raise DataError(f"Only {len(found)} of {n} impostor pairs were found", None, "Nearly all images show one person")
+    else: return _list_impostors(groups, codes, n, draw)           # nearly all pairs are of one person
     g = np.searchsorted(np.cumsum(sizes), found, side="right")
     a, b = _unrank(found - start[g])
     return flat[first[g] + a], flat[first[g] + b]
+
+# %% ../../nbs/13_pairs.ipynb #9602d162
+def _list_impostors(groups, codes, n:int, draw) -> tuple[np.ndarray, np.ndarray]:
+    "The same draw by listing every impostor pair, a million at a time."
+    left, right = [], []
+    for g in groups:
+        for start in range(0, len(g)*(len(g) - 1)//2, 1_000_000):
+            i, j = _unrank(np.arange(start, min(start + 1_000_000, len(g)*(len(g) - 1)//2)))
+            keep = codes[g[i]] != codes[g[j]]
+            left.append(g[i[keep]]); right.append(g[j[keep]])
+    left, right = np.concatenate(left), np.concatenate(right)
+    at = draw.choice(len(left), n, replace=False)
+    return left[at], right[at]
 
 # %% ../../nbs/13_pairs.ipynb #2e338aa0
 def deal_identities(counts:np.ndarray, # (K,) weight of each identity
