@@ -89,7 +89,7 @@ def frechet_distance(real,         # (N, D) features of real pictures, or their 
     a, b = (x if isinstance(x, FeatureMoments) else FeatureMoments.of(x) for x in (real, fake))
     return frechet_from_moments(a, b)
 
-# %% ../../nbs/44_generation.ipynb #d259024d
+# %% ../../nbs/44_generation.ipynb #cc44bedc
 @dataclass
 class Interval:
     "A number with what is known about its error."
@@ -117,7 +117,8 @@ def frechet_interval(real,              # (N, D) features
                      ) -> Interval:
     "Fréchet distance with its small-sample bias removed and a 95 % interval, by the grouped jackknife."
     from scipy.stats import t
-    real, fake = _two(real, fake, max(groups, 2))
+    if groups < 2: raise DataError("the jackknife needs at least 2 groups", groups)
+    real, fake = _two(real, fake, 2*groups)
     gen, sides = rng(seed, "frechet jackknife"), []
     for x, labels in ((real, real_labels), (fake, fake_labels)):
         group = _in_groups(len(x), labels, groups, gen)
@@ -136,13 +137,14 @@ def _merge(parts) -> FeatureMoments:
     for part in parts[1:]: total = total + part
     return total
 
-# %% ../../nbs/44_generation.ipynb #a193b00f
+# %% ../../nbs/44_generation.ipynb #b334874e
 def frechet_extrapolated(real,          # (N, D) features
                          fake,          # (M, D) features
                          points:int=8,  # sample sizes between a half and the whole
                          seed:int=0,    # of the draw
                          ) -> tuple[float, np.ndarray, np.ndarray]: # value at 1/N = 0; sizes (points,); values (points,)
     "Fréchet distance read off at infinite sample size (Chong and Forsyth 2020), both sides cut alike."
+    if points < 2: raise DataError("a line needs at least 2 sample sizes", points)
     real, fake = _two(real, fake, 4)
     gen, shares, values = rng(seed, "frechet extrapolation"), np.linspace(.5, 1, points), []
     for share in shares:
@@ -220,7 +222,7 @@ def prdc(real,           # (N, D) features
             recalled[i:i + block] |= (d <= ff[None, j:j + block]).any(1)
     return pd.Series(dict(precision_rate=float((inside > 0).mean()), recall_rate=float(recalled.mean()), density_score=float(inside.mean()/k), coverage_rate=float(covered.mean())))
 
-# %% ../../nbs/44_generation.ipynb #fa08bbe3
+# %% ../../nbs/44_generation.ipynb #124d437c
 def generation_report(real,             # (N, D) features of real pictures
                       fake,             # (M, D) features of generated pictures
                       real_labels=None, # N identities, for the interval
@@ -231,7 +233,7 @@ def generation_report(real,             # (N, D) features of real pictures
                       seed:int=0,       # of all draws
                       ) -> pd.DataFrame: # measure, value, low, high, meaning
     "FID, KID, precision, recall, density and coverage of one generator, in one table."
-    real, fake = _two(real, fake, max(k + 1, groups))
+    real, fake = _two(real, fake, max(k + 1, 2*groups))
     fid, kid, near = frechet_interval(real, fake, real_labels, fake_labels, groups, seed), kernel_distance(real, fake, subsets, seed=seed), prdc(real, fake, k)
     nan = np.nan
     return pd.DataFrame([("fid_loss", fid.value, nan, nan, f"Fréchet distance as measured with {len(real):,} and {len(fake):,} pictures"),

@@ -144,7 +144,7 @@ def intra_class_noise(embeddings,             # (N, D)
     found.attrs.update(n=int(known.sum()), rate=float(len(rows)/max(known.sum(), 1)), rate_with_self=float(np.mean(plain < threshold)), threshold=threshold)
     return found
 
-# %% ../../nbs/43_quality.ipynb #e42f4a6d
+# %% ../../nbs/43_quality.ipynb #d1dff840
 def similar_pairs(embeddings,        # (N, D)
                   threshold:float,   # cosine from which a pair counts
                   other=None,        # (M, D) second set; None searches within the first, each pair once
@@ -162,8 +162,8 @@ def similar_pairs(embeddings,        # (N, D)
             score = x[i:i + block] @ y[j:j + block].T                   # (block, block)
             hit = score >= threshold - 1e-6
             if other is None and i == j: hit &= np.triu(np.ones(hit.shape, bool), 1)
+            if not hit.any(): continue
             a, b = np.nonzero(hit)
-            if not len(a): continue
             exact = score[a, b].astype(np.float64)
             near = np.abs(exact - threshold) < 1e-5                     # float32 products decide nothing at the border
             exact[near] = np.einsum("nd,nd->n", x[i + a[near]].astype(np.float64), y[j + b[near]].astype(np.float64))
@@ -363,7 +363,7 @@ def similarity_distributions(embeddings,               # (N, D)
             _tally(hist[kind], moments[kind], np.einsum("nd,nd->n", x[a], x[b]))
     return Similarities(hist[0], hist[1], not all(exact), dict(genuine=tuple(moments[0]), impostor=tuple(moments[1])))
 
-# %% ../../nbs/43_quality.ipynb #9aa46345
+# %% ../../nbs/43_quality.ipynb #e8b90a16
 def plot_similarities(similarities:Similarities, # what `similarity_distributions` returned
                       ax=None,                   # matplotlib axes; None makes new ones
                       title:str="",              # above the picture
@@ -378,9 +378,9 @@ def plot_similarities(similarities:Similarities, # what `similarity_distribution
         ax.plot(x, y, color=MEANING[kind], label=f"{kind} ({s[kind + '_pairs']:,.0f})")
     ax.fill_between(x, np.minimum(*both), color="k", alpha=.35, lw=0)
     seen = np.flatnonzero(np.nansum(both, 0) > 1e-3*np.nanmax(both))
-    if len(seen): ax.set_xlim(x[seen[0]] - .05, min(x[seen[-1]] + .2, 1.2))
+    if len(seen): ax.set_xlim(x[seen[0]] - .05, min(x[seen[-1]] + .05, 1.02))
     ax.set(xlabel="cosine similarity", yticks=[], ylim=(0, None), title=f"{title} overlap {s.overlap_rate:.3%}, EER {s.eer_rate:.3%}".strip())
-    ax.legend(loc="upper right"); return ax
+    ax.legend(loc="upper center", bbox_to_anchor=(.5, -.22), ncols=2); return ax
 
 # %% ../../nbs/43_quality.ipynb #a478b868
 def uniqueness(features,                     # (C, D) one feature for each identity
