@@ -48,22 +48,25 @@ def gini(rates # (n,) in [0, 1]
     r = np.sort(_rates(rates, "rates")); n = len(r)
     return float(2*((2*np.arange(1, n + 1) - n - 1)*r).sum()/(2*n*(n - 1)*r.mean())) if r.max() > 0 else 0.
 
-# %% ../../nbs/42_fairness.ipynb #3f6b1790
-def fdr(fmr, fnmr,       # (n,) rates of the groups at one threshold
+# %% ../../nbs/42_fairness.ipynb #aae2ca55
+def fdr(fmr,             # (n,) false match rates of the groups at one threshold
+        fnmr,            # (n,) false non-match rates
         alpha:float=.5,  # weight of FMR
         ) -> float:      # 1 = fair
     "Fairness discrepancy rate."
     a, b = _weights(fmr, fnmr, alpha)
     return 1 - (a*gap(fmr) + b*gap(fnmr))
 
-def inequity_rate(fmr, fnmr,      # (n,) rates of the groups at one threshold
+def inequity_rate(fmr,            # (n,) false match rates of the groups at one threshold
+                  fnmr,           # (n,) false non-match rates
                   alpha:float=.5, # weight of FMR
                   ) -> float:     # 1 = fair; nan where a rate that counts is zero
     "Inequity rate."
     a, b = _weights(fmr, fnmr, alpha)
     return float(ratio(fmr)**a*ratio(fnmr)**b)                            # nan**0 is 1: a rate of weight zero may be undefined
 
-def garbe(fmr, fnmr,      # (n,) rates of the groups at one threshold
+def garbe(fmr,            # (n,) false match rates of the groups at one threshold
+          fnmr,           # (n,) false non-match rates
           alpha:float=.5, # weight of FMR
           ) -> float:     # 0 = fair
     "Gini aggregation rate for biometric equitability."
@@ -130,10 +133,19 @@ def _measures(genuine, rejects, impostor, accepts, alpha:float) -> dict:
 FAIR = {"FMR gap": 0., "FNMR gap": 0., "FMR ratio": 1., "FNMR ratio": 1., "FMR std": 0., "FNMR std": 0., "FMR Gini (FPD)": 0., "FNMR Gini (FND)": 0.,
         "FDR": 1., "IR": 1., "IR smoothed": 1., "GARBE": 0., "SER": 1.}   # the value that each takes when all groups are alike
 
-# %% ../../nbs/42_fairness.ipynb #83c12eb7
+# %% ../../nbs/42_fairness.ipynb #b42438d7
 class Fairness:
     "Rates per group at one threshold, and the figures made from them."
-    def __init__(self, s, y, a, b, names, threshold, alpha, note):
+    def __init__(self,
+                 s,          # (N,) scores
+                 y,          # (N,) bool, true = genuine
+                 a,          # (N,) group of one side, 0..n-1
+                 b,          # (N,) of the other side
+                 names,      # n names of groups
+                 threshold,  # score; a pair is accepted when score >= threshold
+                 alpha,      # weight of FMR
+                 note="",    # what a reader has to know
+                 ):
         self.scores, self.labels, self.a, self.b, self.groups = s, y, a, b, names
         self.threshold, self.alpha, self.note = float(threshold), alpha, note
         self.genuine, self.rejects, self.impostor, self.accepts = _counts(a, b, y, s >= threshold, len(names))
@@ -164,13 +176,15 @@ class Fairness:
         return head + self.table.to_html(float_format="{:.5f}".format, na_rep="n.a.") + self.figures.to_html(float_format="{:.4f}".format, na_rep="n.a.")
     def __repr__(self): return f"Fairness({', '.join(self.groups)}; threshold {self.threshold:.4f}, overall FMR {self.far:.3g}, FNMR {self.frr:.3g})"
 
-# %% ../../nbs/42_fairness.ipynb #cb571449
-def fairness(scores, labels,        # (N,) numbers, higher = more alike; (N,) true = genuine
+# %% ../../nbs/42_fairness.ipynb #cbeb8cfc
+def fairness(scores,                # (N,) numbers, higher = more alike
+             labels,                # (N,) true = genuine
              group_a,               # (N,) group on one side of each pair; None or "" is missing
              group_b=None,          # (N,) on the other side; None: the same (pairs within groups only, as RFW)
              far:float=1e-3,        # overall FMR at which the threshold is chosen, on all pairs given
              threshold:float|None=None, # or the threshold itself, chosen elsewhere
-             id_a=None, id_b=None,  # (N,) identities, for intervals of the figures
+             id_a=None,             # (N,) identity on one side, for intervals of the figures
+             id_b=None,             # (N,) identity on the other side
              alpha:float=.5,        # weight of FMR in FDR, IR and GARBE
              n:int=200,             # replicates of the bootstrap over identities
              seed:int=0,            # of its draws
@@ -265,9 +279,10 @@ def plot_gaps(result:Fairness, # what `fairness` returns
 
 Fairness.plot_cross, Fairness.plot = plot_cross, plot_gaps
 
-# %% ../../nbs/42_fairness.ipynb #2ba80ab1
+# %% ../../nbs/42_fairness.ipynb #07e8af98
 def chance_level(result:Fairness,  # what `fairness` returned for the same pairs, without missing groups
-                 id_a, id_b,       # (N,) identity on either side of each pair
+                 id_a,             # (N,) identity on one side of each pair
+                 id_b,             # (N,) identity on the other side
                  n:int=200,        # shuffles
                  seed:int=0,       # of the shuffles
                  ):                # data frame: value, chance (mean), chance_95 (upper end), p
@@ -288,8 +303,9 @@ def chance_level(result:Fairness,  # what `fairness` returned for the same pairs
         rows[name] = dict(value=float(value), chance=x.mean(), chance_95=np.quantile(sign*x, .95)*sign, p=(1 + (sign*x >= sign*float(value) - 1e-12).sum())/(len(x) + 1))
     return pd.DataFrame(rows).T
 
-# %% ../../nbs/42_fairness.ipynb #ee3cd460
-def rfw_table(scores, labels,  # (N,) cosines and (N,) true = genuine, pairs of each group in the order of its protocol
+# %% ../../nbs/42_fairness.ipynb #f66ef318
+def rfw_table(scores,          # (N,) cosines, pairs of each group in the order of its protocol
+              labels,          # (N,) true = genuine
               group,           # (N,) group of each pair
               folds:int=10,    # contiguous folds per group
               protocol:str="insightface", # or "lfw", see `kfold_accuracy`

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['pair_scores', 'check_labels', 'check_pairs', 'plot_scores', 'ROC', 'SortedPairs', 'roc', 'plot_roc', 'plot_det',
            'DET', 'det', 'Rate', 'check_fraction', 'proportion_interval', 'as_curve', 'tar_at_far', 'eer', 'auc',
-           'FoldAccuracy', 'fold_numbers', 'kfold_accuracy', 'val_at_far', 'StreamingROC', 'all_pairs',
-           'identity_weights', 'identity_bootstrap', 'heldout_rates', 'VerificationReport']
+           'FoldAccuracy', 'fold_numbers', 'kfold_accuracy', 'val_at_far', 'StreamingROC', 'load_streaming',
+           'all_pairs', 'identity_weights', 'identity_bootstrap', 'heldout_rates', 'VerificationReport']
 
-# %% ../../nbs/40_verification.ipynb #8611617e
+# %% ../../nbs/40_verification.ipynb #9bd795b5
 import warnings
 
 import numpy as np
 
-from ..core import ConfigError, DataError, progress, rng
+from ..core import ConfigError, DataError, progress, read_npz, rng, write_npz
 from ..style import MEANING
 
 # %% ../../nbs/40_verification.ipynb #84053f60
@@ -108,7 +108,7 @@ def plot_scores(scores,        # (N,) numbers, higher = more alike
     ax.set(xlabel="score (cosine similarity)", ylabel="density"); ax.legend()
     return ax
 
-# %% ../../nbs/40_verification.ipynb #4ff4e94a
+# %% ../../nbs/40_verification.ipynb #18965bc5
 class ROC:
     "Every operating point of a set of scored pairs, from nobody accepted to everybody accepted."
     def __init__(self,
@@ -128,7 +128,8 @@ class ROC:
     def tar(self): return self.true_accepts/self.n_genuine                # (K,) rising from 0 to 1
     @property
     def frr(self): return (self.n_genuine - self.true_accepts)/self.n_genuine # (K,) falling from 1 to 0
-    def index(self, threshold): # score; the pair is accepted at `score >= threshold`
+    def index(self, threshold # score, or an array of them; a pair is accepted when score >= threshold
+              ):              # index into the curve, same shape
         "The point of the curve that a threshold (or an array of them) means."
         return np.searchsorted(-self.thresholds, -np.asarray(threshold, dtype=float), side="right") - 1
     def at(self, threshold:float # score
@@ -231,10 +232,13 @@ def plot_det(curve:ROC,       # what `roc` or `det` returns
     if label: ax.legend()
     return ax
 
-# %% ../../nbs/40_verification.ipynb #b2bfdd23
+# %% ../../nbs/40_verification.ipynb #d5cfc76f
 class DET(ROC):
     "The same operating points, drawn as detection error trade-off."
-    def plot(self, ax=None, label=None, **style):
+    def plot(self, ax=None,         # matplotlib axes, or None for new ones
+             label:str|None=None,   # for the legend
+             **style,               # passed to `ax.step`
+             ):
         "See `plot_det`."
         return plot_det(self, ax, label, **style)
 
@@ -372,7 +376,7 @@ def auc(scores,      # (N,) scores, or a curve
     fa, ta = np.asarray(curve.false_accepts, dtype=np.float64), np.asarray(curve.true_accepts, dtype=np.float64)
     return float(np.sum(np.diff(fa)*(ta[1:] + ta[:-1]))/(2*float(curve.n_genuine)*float(curve.n_impostor)))
 
-# %% ../../nbs/40_verification.ipynb #897c2a2d
+# %% ../../nbs/40_verification.ipynb #ff98df76
 class FoldAccuracy(Rate):
     "Mean accuracy over folds (a float), with `.std` (ddof=0), `.standard_error` (ddof=1, over root n), `.accuracies`, `.thresholds`."
     def __new__(cls, accuracies, # (F,) accuracy of each fold
@@ -389,7 +393,8 @@ class FoldAccuracy(Rate):
         "One row per fold."
         import pandas as pd
         return pd.DataFrame(dict(pairs=self.sizes, threshold=self.thresholds, accuracy=self.accuracies), index=pd.RangeIndex(1, len(self.sizes) + 1, name="fold"))
-    def plot(self, ax=None):
+    def plot(self, ax=None # matplotlib axes, or None for new ones
+             ):
         "Accuracy of each fold, their mean and one standard deviation."
         import matplotlib.pyplot as plt
         ax = plt.subplots(figsize=(5, 2.6))[1] if ax is None else ax
@@ -480,7 +485,7 @@ def val_at_far(scores,       # (N,) cosine similarities, in the order of the pro
     return Rate(values.mean(), 1 - thresholds.mean()/2, note=f"mean over {count} folds, std {values.std():.4g}, FAR reached {fars.mean():.2g}",
                 std=float(values.std()), far=float(fars.mean()), values=values, fars=fars, thresholds=thresholds)
 
-# %% ../../nbs/40_verification.ipynb #acc417bd
+# %% ../../nbs/40_verification.ipynb #59c72c74
 class StreamingROC:
     "Operating points of any number of scores in constant memory: exact at the edges of bins, bracketed in between."
     def __init__(self,
@@ -515,14 +520,15 @@ class StreamingROC:
         if len(s) != len(y): raise DataError("scores and labels differ in length", (len(s), len(y)))
         if len(s): self.add(s[y], True).add(s[~y], False)
         return self
-    def merge(self, other:"StreamingROC"):
+    def merge(self, other:"StreamingROC" # with the same bins
+              ):
         "Add the counts of another one with the same bins."
         mine, theirs = ((x.low, x.high, x.step) for x in (self, other))
         if mine != theirs: raise DataError("Counters with different bins cannot be merged", (mine, theirs), "Make both with the same low, high and step")
         self.counts += other.counts
         return self
 
-# %% ../../nbs/40_verification.ipynb #a2faf88f
+# %% ../../nbs/40_verification.ipynb #2d6caeb8
 def _streaming_curve(self) -> ROC:
     "The curve at the edges of the bins: every point of it is exact."
     edges = self.low + self.step*np.arange(self.counts.shape[1] - 1)      # lower edges of bins 1, 2, ...
@@ -550,7 +556,18 @@ def _streaming_auc(self) -> Rate:
     value, half = auc(self.curve()), (i*g).sum()/(2*i.sum()*g.sum())
     return Rate(value, low=max(value - half, 0), high=min(value + half, 1), interval="guaranteed")
 
+def load_streaming(path # what `StreamingROC.save` wrote
+                   ) -> StreamingROC:
+    "A counter as it was saved; `DataError` names the file if it is none."
+    kept = read_npz(path)
+    try: counter = StreamingROC(float(kept["low"]), float(kept["high"]), float(kept["step"]))
+    except (KeyError, TypeError, ConfigError) as e: raise DataError(f"{path} holds no streaming counts: {e}") from e
+    if kept["counts"].shape != counter.counts.shape or kept["counts"].dtype != np.int64 or kept["counts"].min() < 0: raise DataError(f"{path} holds damaged counts", kept["counts"].shape)
+    counter.counts = kept["counts"]
+    return counter
+
 StreamingROC.curve, StreamingROC.tar_at_far, StreamingROC.eer, StreamingROC.auc = _streaming_curve, _streaming_tar, _streaming_eer, _streaming_auc
+StreamingROC.save = lambda self, path: write_npz(path, counts=self.counts, low=self.low, high=self.high, step=self.step)
 StreamingROC.__repr__ = lambda self: f"StreamingROC({self.counts[1].sum():,} genuine, {self.counts[0].sum():,} impostor pairs in {self.counts.shape[1]:,} bins)"
 
 # %% ../../nbs/40_verification.ipynb #3e1b3fa2
@@ -580,11 +597,11 @@ def all_pairs(embeddings,        # (N, D), any length: normalised here
             into.add(s[s > -5] if i == j else s, False)
     return into
 
-# %% ../../nbs/40_verification.ipynb #06cc9070
+# %% ../../nbs/40_verification.ipynb #a99c660d
 def identity_weights(id_a,     # (N,) identity of the first side of each pair
                      id_b,     # (N,) of the second side
                      n:int,    # replicates
-                     seed:int=0,
+                     seed:int=0, # of the draws
                      ):
     "Yields n weightings (N,) of the pairs, each from drawing the identities with replacement."
     a, b = _identities(id_a, len(id_a), "id_a"), _identities(id_b, len(id_a), "id_b")
@@ -594,8 +611,10 @@ def identity_weights(id_a,     # (N,) identity of the first side of each pair
         drawn = np.bincount(rng(seed, "bootstrap over identities", k).integers(len(names), size=len(names)), minlength=len(names)).astype(np.float64)
         yield np.where(a == b, drawn[a], drawn[a]*drawn[b])
 
-def identity_bootstrap(scores, labels,   # (N,) scores; (N,) true = genuine
-                       id_a, id_b,       # (N,) identity on either side of each pair
+def identity_bootstrap(scores,           # (N,) numbers, higher = more alike
+                       labels,           # (N,) true = genuine
+                       id_a,             # (N,) identity on one side of each pair
+                       id_b,             # (N,) identity on the other side
                        statistic=eer,    # from a curve to a number: eer, auc, lambda c: tar_at_far(c, far=1e-3)
                        n:int=500,        # replicates
                        level:float=.95,  # coverage
@@ -619,9 +638,11 @@ def identity_bootstrap(scores, labels,   # (N,) scores; (N,) true = genuine
     note = "" if len(samples) == n else f"{n - len(samples)} of {n} draws had one class only"
     return Rate(value, getattr(value, "threshold", np.nan), low, high, f"{level:.0%} bootstrap over identities", note, samples=np.array(samples))
 
-# %% ../../nbs/40_verification.ipynb #2b230647
-def heldout_rates(scores, labels, # (N,) scores; (N,) true = genuine
-                  id_a, id_b,     # (N,) identity on either side of each pair
+# %% ../../nbs/40_verification.ipynb #4053536b
+def heldout_rates(scores,         # (N,) numbers, higher = more alike
+                  labels,         # (N,) true = genuine
+                  id_a,           # (N,) identity on one side of each pair
+                  id_b,           # (N,) identity on the other side
                   far:float=1e-3, # target false accept rate where the threshold is chosen
                   folds=5,        # number of folds of identities (drawn), or a dictionary identity -> fold
                   seed:int=0,     # of the draw of folds
@@ -649,11 +670,12 @@ def heldout_rates(scores, labels, # (N,) scores; (N,) true = genuine
     return Rate(total.true_accepts/total.genuine, table.threshold.mean(), low, high, "95% wilson", f"FAR {total.false_accepts/total.impostor:.2g} where {far:g} was aimed at",
                 far=total.false_accepts/total.impostor, folds=table)
 
-# %% ../../nbs/40_verification.ipynb #aa945ad8
+# %% ../../nbs/40_verification.ipynb #d8efbbd2
 class VerificationReport:
     "The figures of one set of scored pairs, and their pictures."
     def __init__(self,
-                 scores, labels,   # (N,) scores; (N,) true = genuine
+                 scores,           # (N,) numbers, higher = more alike
+                 labels,           # (N,) true = genuine
                  folds=10,         # number of contiguous folds, (N,) fold of each pair, or None: no accuracy
                  fars=(1e-2, 1e-3, 1e-4), # false accept rates; those below one impostor pair are left out
                  ):
