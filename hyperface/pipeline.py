@@ -254,7 +254,7 @@ class Ticker:
             text = f"        {name} {time.time() - since:4.0f} s  {bar}"
             with self.lock: print(f"\r\033[K{text[:110]}" if self.tty else text, end="" if self.tty else "\n", flush=True)
 
-# %% ../nbs/90_pipeline.ipynb #618ad089
+# %% ../nbs/90_pipeline.ipynb #d7e43bab
 def reproduce(profile:str="quick",   # a profile's name or YAML file
               seed:int=0,            # every draw of the run derives from it
               only:list[str]|None=None, # names, starts of names or globs; None is everything
@@ -267,7 +267,6 @@ def reproduce(profile:str="quick",   # a profile's name or YAML file
               ) -> dict:             # what run.json holds
     "Bring the chosen pages and all they need up to date, then write `run.json` and `index.html`."
     sizes = load_profile(profile)
-    data_dir(), models_dir()                                            # a folder that is not there is refused before anything runs
     if jobs < 1: raise ConfigError("jobs must be at least 1", jobs)
     if data: os.environ["HYPERFACE_DATA"] = str(Path(data).expanduser().resolve())
     if models: os.environ["HYPERFACE_MODELS"] = str(Path(models).expanduser().resolve())
@@ -286,6 +285,7 @@ def reproduce(profile:str="quick",   # a profile's name or YAML file
         summary = _finish(steps, out, parameters, sizes, records, started, len(names) - len(todo))
     return summary
 
+# %% ../nbs/90_pipeline.ipynb #e80c55d0
 @contextlib.contextmanager
 def _environment(out:Path, jobs:int):
     "What kernels inherit: threads, the runner's mark, a folder for progress bars."
@@ -314,6 +314,7 @@ def _schedule(steps:dict[str, Step], todo:list[str], why:dict, run, jobs:int, ti
                 name = running.pop(future); records[name] = future.result(); ticker.end(records[name])
     return records
 
+# %% ../nbs/90_pipeline.ipynb #e6156b75
 def _finish(steps, out, parameters, sizes, records, started, fresh) -> dict:
     "Write run.json (what was run, where, how long) and the report page."
     from hyperface.report.page import build_page
