@@ -10,7 +10,7 @@ __all__ = ['MAX_IMAGE_BYTES', 'RAW', 'LATIN', 'QUOTED', 'ESCAPED', 'BYTES', 'ALL
            'pack_record', 'write_rec', 'walk_lmdb', 'read_lmdb', 'lmdb_features', 'write_lmdb', 'ZipSource',
            'vector_column', 'vectors_of', 'read_zip', 'write_zip']
 
-# %% ../../nbs/12a_containers.ipynb #826c0a52
+# %% ../../nbs/12a_containers.ipynb #88c6b9e0
 import codecs, json, os, pickletools, re, struct, zipfile, zlib
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..core import ConfigError, DataError, atomic_path, progress, write_text
 from .images import decode_image, encode_image
-from .records import Records, Skipped, Source, file_name, source_rows, standard_table, tolerate
+from .records import Records, Skipped, Source, file_name, source_rows, standard_table, text_column, tolerate
 
 # %% ../../nbs/12a_containers.ipynb #47217905
 MAX_IMAGE_BYTES = 64*2**20     # no picture of a face is larger; a declared length above is damage
@@ -385,7 +385,7 @@ def _lst_names(path:Path, keys:np.ndarray, labels:np.ndarray) -> pd.Series|None:
     refuse(wrong, "another label than in the .rec")
     return name.iloc[at].reset_index(drop=True)
 
-# %% ../../nbs/12a_containers.ipynb #6029535a
+# %% ../../nbs/12a_containers.ipynb #326dd1f2
 def read_rec(path,                 # "train.rec"; train.idx and train.lst beside it are used where they exist
              on_error:str="raise", # or "skip": damaged records are left out and listed
              ) -> Records:         # identity from the label; further labels as label_1
@@ -418,7 +418,7 @@ def _rec_table(path, file, keys, offsets, lengths, labels, skipped, on_error) ->
     if path.with_suffix(".lst").exists():
         try: names = _lst_names(path.with_suffix(".lst"), keys, labels[:, 0])
         except DataError as e: tolerate(on_error, skipped, path.with_suffix(".lst"), e)
-    columns = dict(image=names if names is not None else pd.Series(keys).astype("str"), identity=labels[:, 0].astype(np.int64))
+    columns = dict(image=names if names is not None else text_column(keys), identity=labels[:, 0].astype(np.int64))
     if np.isfinite(labels[:, 1]).any(): columns["label_1"] = labels[:, 1].astype(np.float32)
     return Records(standard_table(columns), RecSource(file, offsets, lengths), name=path.stem, skipped=skipped)
 
@@ -592,11 +592,12 @@ def _lmdb_order(file, keys:np.ndarray, spans) -> np.ndarray:
     if len(np.unique(at)) != len(at): raise DataError(f"{file.path}: __keys__ lists an image twice")
     return at
 
-# %% ../../nbs/12a_containers.ipynb #5d3b4bf9
+# %% ../../nbs/12a_containers.ipynb #59d68bce
 def read_lmdb(path,                 # folder with data.mdb, or the file
               on_error:str="raise", # or "skip"
               ) -> Records:         # identity = label
     "HSFace's and Vec2Face's LMDB."
+    import pyarrow as pa
     path, skipped = Path(path), Skipped()
     file = OpenFile(path/"data.mdb" if path.is_dir() else path)
     keys, places, spans = _lmdb_index(file)
@@ -611,10 +612,11 @@ def read_lmdb(path,                 # folder with data.mdb, or the file
         except (DataError, IndexError, OverflowError) as e:
             name, good[row] = keys[k].decode("latin-1"), False
             tolerate(on_error, skipped, f"{file.path}, entry {name}", DataError(f"{file.path} at byte {places[k, 0]:,} (entry {name}): {e}"), places[k, 0])
-    values, names = values[good], np.char.decode(keys[order][good], "latin-1")
+    values, kept = values[good], keys[order[good]]
+    names = pa.chunked_array([pa.array([k.decode("latin-1") for k in kept[a:a + 100_000]], pa.large_string()) for a in range(0, len(kept), 100_000)], pa.large_string())
     source = SpanSource(file, values[:, 0], values[:, 1])
     source.features = values[:, 2:4]
-    return Records(standard_table(dict(image=names, identity=values[:, 4])), source, name=path.stem, skipped=skipped)
+    return Records(standard_table(dict(image=text_column(names), identity=values[:, 4])), source, name=path.stem, skipped=skipped)
 
 # %% ../../nbs/12a_containers.ipynb #2037aba5
 def lmdb_features(records:Records, which=None # positions; None: all

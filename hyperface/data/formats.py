@@ -7,7 +7,7 @@ __all__ = ['MAX_DEPTH', 'BUPT_GROUPS', 'UTK_RACES', 'EXPRESSIONS', 'READERS', 'w
            'read_folder', 'read_bupt', 'read_lfw', 'read_utkface', 'read_agedb', 'read_digiface', 'read_expressions',
            'read_labelled_folder', 'detect_format', 'read_dataset']
 
-# %% ../../nbs/12_formats.ipynb #083ee2fb
+# %% ../../nbs/12_formats.ipynb #c0282046
 import os, re
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pandas as pd
 from ..core import ConfigError, DataError, progress
 from .containers import IMAGE_SUFFIXES, _label_columns, _labels_of, read_bin, read_lmdb, read_rec, read_zip
 from .images import read_file
-from .records import TEXT, FileSource, Records, Skipped, standard_table, tolerate
+from .records import FileSource, Records, Skipped, standard_table, text_column, tolerate
 
 # %% ../../nbs/12_formats.ipynb #c95eb2b0
 MAX_DEPTH = 6
@@ -55,7 +55,7 @@ def walk_images(root,                  # a folder
         todo += [(f"{inner}/{f}" if inner else f, depth + 1) for f in reversed(folders)]
     return pa.chunked_array([*chunks, pa.array(names, pa.large_string())])
 
-# %% ../../nbs/12_formats.ipynb #6080e1be
+# %% ../../nbs/12_formats.ipynb #647ade9f
 def fields_of(names,        # Arrow strings, N paths
               pattern:str,  # regular expression with named groups
               habit:str,    # the habit in words, for the message
@@ -89,11 +89,10 @@ def numbers(array) -> np.ndarray: # (N,) float64
     import pyarrow as pa
     return array.cast(pa.float64()).to_numpy(zero_copy_only=False)
 
-def _folder_records(root, names, columns, skipped, name=None, empty_ok=False) -> Records:
+def _folder_records(root, names, columns, skipped, name=None) -> Records:
     "Records of files in a folder."
-    import pyarrow as pa
     if not len(names): raise DataError(f"{root} holds no pictures of this kind", None, f"Expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ...")
-    table = standard_table(dict(image=pd.Series(names.combine_chunks(), dtype=TEXT), **columns))
+    table = standard_table(dict(image=text_column(names), **columns))
     return Records(table, FileSource(root, table["image"]), name=name or Path(root).name, skipped=skipped)
 
 # %% ../../nbs/12_formats.ipynb #a3f41a81
