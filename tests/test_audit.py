@@ -114,10 +114,10 @@ def test_real_confusion_matrices_are_never_called_impossible(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ada_rules(seed):
-    end = {rule: A.simulate_ada(rule, seed=seed).iloc[-60:][["p", "accuracy"]].mean() for rule in ("working", "mended", "printed")}
+    end = {rule: A.simulate_ada(rule, steps=3000, seed=seed).iloc[-60:][["p", "accuracy"]].mean() for rule in ("working", "mended", "printed")}
     assert abs(end["working"].accuracy - .8) < .03 and abs(end["mended"].accuracy - .8) < .03 and 0 < end["working"].p < 1
     assert end["printed"].p < -1 and end["printed"].accuracy > .95
-    assert A.simulate_ada("printed", p0=.9, seed=seed).p.iloc[-1] > 1
+    assert A.simulate_ada("printed", p0=.9, steps=500, seed=seed).p.iloc[-1] > 1
 
 
 def test_bad_calls():
