@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPAN', 'TEMPLATE', 'SHAPE', 'RESIDUALS', 'ACTIONS', 'EXPRESSIONS', 'RESIDUAL_PLACES', 'map_resolution', 'chart',
-           'action_vector', 'bumps', 'separable', 'radius_map', 'blur3', 'with_slopes', 'sample', 'point', 'rotation',
-           'landmarks3d', 'align', 'camera', 'rays', 'trace']
+           'action_vector', 'bumps', 'separable', 'radius_map', 'surroundings', 'with_slopes', 'sample', 'point',
+           'rotation', 'landmarks3d', 'align', 'camera', 'rays', 'trace']
 
 # %% ../../nbs/11a_head.ipynb #239e1c78
 import math
@@ -17,13 +17,13 @@ import torch.nn.functional as F
 
 from ..core import ConfigError
 
-# %% ../../nbs/11a_head.ipynb #65bc65af
+# %% ../../nbs/11a_head.ipynb #5caac1b0
 SPAN = 1.45       # the chart covers [-SPAN, SPAN] in both directions; |u| = 1 is ninety degrees from the front
 TEMPLATE = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)])  # ArcFace, 112 px
 
 def map_resolution(size:int) -> int:
     "Texels on a side of the maps for a picture of `size` pixels."
-    return 96 if size <= 72 else 160 if size <= 160 else 256
+    return 88 if size <= 72 else 128 if size <= 128 else 224
 
 @lru_cache(maxsize=4)
 def chart(resolution:int, # texels on a side
@@ -34,27 +34,27 @@ def chart(resolution:int, # texels on a side
     q = u*u + v*v
     return t, torch.stack([2*u, 2*v, 1 - q])/(1 + q)                  # (3, R, R)
 
-# %% ../../nbs/11a_head.ipynb #d6cab1ae
+# %% ../../nbs/11a_head.ipynb #410a447e
 # name: (mean, standard deviation, men minus women, child minus adult, at eighty minus at thirty)
 SHAPE = dict(
-    head_width=(.760, .024, .010, -.005, 0), head_top=(1.16, .03, 0, .02, 0), head_low=(1.12, .03, .01, -.06, 0), head_depth=(.93, .015, 0, 0, 0),
-    eye_x=(.186, .007, .001, .006, 0), eye_size=(.090, .0045, -.003, .010, -.005), eye_open=(.034, .0045, -.0035, .007, -.007),
-    eye_tilt=(.05, .035, -.015, 0, -.05), eye_depth=(.050, .010, .012, -.022, .014), lid_fold=(.022, .005, -.003, 0, -.004),
-    brow_y=(.116, .008, -.013, .004, -.006), brow_thick=(.0150, .003, .0050, -.004, .001), brow_arch=(.016, .006, -.008, 0, -.004), brow_ridge=(.016, .010, .022, -.016, .002),
-    nose_length=(-.184, .009, -.004, .030, -.010), nose_width=(.064, .0065, .006, -.004, .005), nose_height=(.165, .022, .012, -.060, .012),
-    nose_bridge=(.075, .020, .014, -.050, 0), nose_hump=(.002, .011, .006, -.006, .004), nose_tip=(.043, .006, .002, .003, .003),
-    mouth_y=(-.336, .010, -.003, .016, -.003), mouth_width=(.122, .009, .005, -.014, 0), lip_upper=(.0195, .004, -.0035, .001, -.007), lip_lower=(.027, .005, -.003, .001, -.007),
-    lip_forward=(.028, .012, -.004, .004, -.014), chin_y=(-.540, .015, -.012, .060, 0), chin_width=(.110, .018, .022, .010, 0), chin_forward=(.120, .020, .012, -.050, .008),
-    jaw=(.030, .026, .036, -.030, .010), cheekbone=(.040, .018, -.006, -.015, .004), cheek=(.010, .024, -.012, .050, -.050), forehead=(.012, .022, -.014, .030, 0),
+    head_width=(.742, .022, .010, -.005, 0), head_top=(1.16, .03, 0, .02, 0), head_low=(1.11, .03, .015, -.11, .035), head_depth=(.93, .015, 0, 0, 0),
+    eye_x=(.188, .007, .002, .014, -.002), eye_size=(.099, .005, -.003, .010, -.005), eye_open=(.0338, .0040, -.0075, .008, -.006),
+    eye_tilt=(.05, .035, -.015, 0, -.05), eye_depth=(.050, .010, .012, -.022, .014), lid_fold=(.022, .005, -.008, 0, -.004),
+    brow_y=(.114, .008, -.021, .012, -.008), brow_thick=(.0165, .003, .0095, -.004, .001), brow_arch=(.016, .006, -.014, 0, -.004), brow_ridge=(.014, .010, .030, -.016, .002),
+    nose_length=(-.178, .009, -.004, .022, .002), nose_width=(.064, .0065, .006, -.004, .005), nose_height=(.150, .020, .012, -.060, .012),
+    nose_bridge=(.073, .020, .022, -.050, 0), nose_hump=(.002, .011, .006, -.006, .004), nose_tip=(.043, .006, .002, .003, .003),
+    mouth_y=(-.331, .010, -.010, .026, -.012), mouth_width=(.130, .009, .005, -.014, 0), lip_upper=(.0240, .0045, -.0040, .001, -.007), lip_lower=(.0330, .0055, -.0035, .001, -.007),
+    lip_forward=(.034, .012, -.004, .004, -.014), chin_y=(-.540, .015, -.012, .060, 0), chin_width=(.102, .018, .026, -.012, .010), chin_forward=(.120, .020, .004, -.060, .008),
+    jaw=(.012, .022, .046, -.050, .014), cheekbone=(.040, .018, -.006, -.015, .004), cheek=(.014, .024, -.006, .070, -.065), forehead=(.012, .022, -.014, .055, -.008),
     temple=(-.015, .010, -.003, .012, -.012), muzzle=(.125, .012, .003, -.010, 0), jowl=(0, .006, .002, .006, .028), weight=(.0, .030, .0, .010, -.010), ear_out=(.34, .10, .03, .08, .03), ear_size=(1.0, .09, .05, -.06, .12))
 RESIDUALS = 12    # unnamed bumps at fixed places: what makes a face individual beyond the named features
 
-# %% ../../nbs/11a_head.ipynb #5bf3ef37
+# %% ../../nbs/11a_head.ipynb #39071096
 ACTIONS = dict(au1="inner brows up", au2="outer brows up", au4="brows down and together", au5="upper lids up", au6="cheeks up", au7="lids tight", au9="nose wrinkled",
     au10="upper lip up", au12="lip corners up", au14="one corner up (dimple)", au15="lip corners down", au17="chin up", au20="lips stretched", au23="lips pressed", au25="lips parted", au26="jaw dropped")
-EXPRESSIONS = dict(neutral={}, happiness=dict(au6=.9, au12=1, au25=.65, au7=.2), sadness=dict(au1=1, au15=1, au17=.75, au4=.45, au5=-.45, au7=.2),
-    surprise=dict(au1=.9, au2=1, au5=1, au25=.5, au26=1), fear=dict(au1=1, au2=.6, au4=.6, au5=1, au20=.9, au25=.7, au26=.3),
-    anger=dict(au4=1.2, au5=.3, au7=.8, au23=.9, au17=.5, au9=.3, au15=.35), disgust=dict(au9=1.1, au10=1, au4=.7, au7=.6, au15=.4, au17=.3, au25=.25),
+EXPRESSIONS = dict(neutral={}, happiness=dict(au6=1.1, au12=1.15, au25=.75, au7=.3, au26=-.12, au1=-.15), sadness=dict(au1=1, au15=1, au17=.75, au4=.45, au5=-.45, au7=.2),
+    surprise=dict(au1=.9, au2=1, au5=1, au25=.5, au26=1), fear=dict(au1=1.2, au2=.15, au4=.65, au5=1.15, au20=1.15, au25=.65, au26=.05),
+    anger=dict(au4=1.6, au1=-.4, au5=.15, au7=.9, au23=1.15, au17=.5, au9=.6, au15=.75), disgust=dict(au9=1.3, au10=.85, au4=1.1, au7=.9, au6=.2, au15=.75, au12=-.25, au17=.1, au25=.2, au26=.25),
     contempt=dict(au14=1, au12=.1, au2=.25, au7=.2))
 
 def action_vector(expression:str, # a name of `EXPRESSIONS`
@@ -64,7 +64,7 @@ def action_vector(expression:str, # a name of `EXPRESSIONS`
     if expression not in EXPRESSIONS: raise ConfigError("unknown expression", expression, "One of " + ", ".join(EXPRESSIONS))
     return {a: EXPRESSIONS[expression].get(a, 0.)*intensity for a in ACTIONS}
 
-# %% ../../nbs/11a_head.ipynb #0cdaeb90
+# %% ../../nbs/11a_head.ipynb #2a9b9a42
 RESIDUAL_PLACES = [(.14, .26), (-.26, .30), (.24, -.16), (-.20, -.18), (.40, .02), (-.42, .0), (.16, -.42), (-.18, -.45), (.42, -.34), (-.40, -.36), (.03, -.60), (-.02, .06)]
 
 def bumps(p:dict, # name -> (B,) tensors: shape parameters and actions
@@ -81,14 +81,14 @@ def bumps(p:dict, # name -> (B,) tensors: shape parameters and actions
         (eu - .02, -.095, .055, .026, -.008 - .5*s["jowl"] + .012*s["au6"], 1)]                              # under the eyes
     for at, wide, part in ((.10, .95, 0.), (.36, .85, .33), (.60, .85, .66), (.83, .95, .9)):               # bridge to tip
         height = s["nose_bridge"]*(1 - part) + .60*nh*part + s["nose_hump"]*math.exp(-((at - .45)/.2)**2)
-        rows.append((0*eu, nl*at, .031 + .012*part + 0*eu, .036, height*.92, 0))
-    rows += [(0*eu, nl, 1.12*s["nose_tip"], .030, .50*nh, 0), (.80*nw, nl - .013 + .008*s["au9"], .024, .026, .21*nh + .008 + .008*s["au9"], 1), (.052 + 0*eu, nl*.62, .028, .05, .012 + 0*eu, 1),
-        (0*eu, nl - .070, .050, .026, -.028 + 0*eu, 0)]
-    rows += [(.335 + 0*eu, -.12 + .012*s["au6"], .11, .075, s["cheekbone"] + .022*s["au6"], 1), (.28 + 0*eu, -.30, .12, .12, s["cheek"] + .6*fat, 1), (.20 + 0*eu, -.21 + .02*s["au12"], .07, .06, .018*s["au12"] + .018*s["au6"] + .25*s["cheek"], 1),
+        rows.append((0*eu, nl*at, .0235 + .012*part + .10*(nw - .064), .036, height*.95, 0))
+    rows += [(0*eu, nl + .004, s["nose_tip"]*.86, .030, .40*nh, 0), (.76*nw, nl - .012 + .008*s["au9"], .023, .026, .30*nh + .012 + .008*s["au9"], 1), (.060 + 0*eu, nl*.55, .034, .06, .018 + 0*eu, 1),
+        (0*eu, nl - .070, .045, .026, -.020 + 0*eu, 0)]
+    rows += [(.335 + 0*eu, -.12 + .012*s["au6"], .11, .075, s["cheekbone"] + .022*s["au6"], 1), (.30 + 0*eu, -.31, .11, .11, s["cheek"] - .016 + .6*fat, 1), (.20 + 0*eu, -.21 + .02*s["au12"], .07, .06, .018*s["au12"] + .018*s["au6"] + .25*s["cheek"], 1),
         (0*eu, mv - .015, .20, .15, s["muzzle"], 0), (0*eu, mv + .5*s["lip_upper"], .52*mw, .85*s["lip_upper"] + .006, .55*s["lip_forward"] + .007 - .018*s["au23"], 0),
         (0*eu, mv - .6*s["lip_lower"] - .03*s["au26"], .52*mw, .85*s["lip_lower"] + .006, .55*s["lip_forward"] + .010 - .018*s["au23"], 0), (mw*1.12, corner, .03, .03, -.012 - .016*s["au12"], 1),
         (0*eu, mv - .088 - .04*s["au26"], .065, .026, -.032 - .010*s["au17"], 0), (0*eu, nl - .07, .013, .03, -.006 + 0*eu, 0),
-        (0*eu, cy, s["chin_width"], .060, s["chin_forward"] + .012*s["au17"], 0), (.34 + 0*eu, -.55 - .04*s["au26"], .13, .12, .045 + s["jaw"] + .5*fat + s["jowl"], 1), (.17 + 0*eu, -.55 - .05*s["au26"], .06, .06, .8*s["jowl"] + .3*fat, 1),
+        (0*eu, cy, s["chin_width"], .060, s["chin_forward"] + .012*s["au17"], 0), (.36 + 0*eu, -.55 - .04*s["au26"], .12, .12, .018 + s["jaw"] + .5*fat + s["jowl"], 1), (.52 + 0*eu, -.42, .12, .16, -.030 + .5*fat + .25*s["jaw"], 1), (.17 + 0*eu, -.55 - .05*s["au26"], .06, .06, .8*s["jowl"] + .3*fat, 1),
         (0*eu, -.76 - .05*s["au26"], .42, .10, -.10 + .8*fat, 0), (.60 + 0*eu, -.22, .13, .16, .3*s["cheek"] + .4*fat, 1)]
     for k in range(3):                                                                                      # the fold from nose to mouth
         rows.append((nw + .035 + .022*k, nl - .035 - .042*k, .020, .028, -.006 - .30*s["jowl"] - .011*s["au12"] - .006*s["au9"] - .006*s["au10"], 1))
@@ -116,13 +116,13 @@ def radius_map(p:dict, resolution:int=160) -> torch.Tensor: # (B, R, R)
     inv = (d[0]/col("head_width"))**2 + (d[1]**2)*(up/col("head_top")**2 + (1 - up)/col("head_low")**2) + (d[2]/col("head_depth"))**2
     return inv.rsqrt() + separable(bumps(p), t, b)
 
-# %% ../../nbs/11a_head.ipynb #4a221e30
-def blur3(x:torch.Tensor, # (B, R, R)
-          k:int,          # odd width of the box
-          ) -> torch.Tensor:
-    "Two box filters, a cheap smooth blur; the border is repeated."
-    for _ in range(2): x = F.avg_pool2d(F.pad(x[:, None], (k//2,)*4, mode="replicate"), k, 1)[:, 0]
-    return x
+# %% ../../nbs/11a_head.ipynb #794f2d54
+def surroundings(x:torch.Tensor, # (B, R, R)
+                 ) -> torch.Tensor:
+    "A smooth version of a map: means over blocks of four texels, once more over their neighbours, and back up."
+    low = F.avg_pool2d(x[:, None], 4, 4)
+    low = F.avg_pool2d(F.pad(low, (1,)*4, mode="replicate"), 3, 1)
+    return F.interpolate(low, x.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 def with_slopes(r:torch.Tensor, # (B, R, R) radius
                 ) -> torch.Tensor: # (B, 4, R, R): radius, its two slopes, hollowness
@@ -131,8 +131,7 @@ def with_slopes(r:torch.Tensor, # (B, R, R) radius
     pad = F.pad(r[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     ru = (pad[:, 1:-1, 2:] - pad[:, 1:-1, :-2])/(2*step)
     rv = (pad[:, 2:, 1:-1] - pad[:, :-2, 1:-1])/(2*step)
-    k = max(3, int(r.shape[-1]*.055)//2*2 + 1)
-    return torch.stack([r, ru, rv, blur3(r, k) - r], 1)
+    return torch.stack([r, ru, rv, surroundings(r) - r], 1)
 
 def sample(maps:torch.Tensor, # (B, C, R, R)
            u:torch.Tensor,    # (B, ...) chart coordinates
@@ -209,7 +208,7 @@ def rays(cam:dict, width:int, height:int, step:float=1.0, # pixels between rays;
     B = [col(R[:, 2, i]) - A[i]/D for i in range(3)]
     return A, B
 
-# %% ../../nbs/11a_head.ipynb #6e5618a5
+# %% ../../nbs/11a_head.ipynb #da6bb502
 def _march(r:torch.Tensor, A, B, z, steps:int, relax:float, keep:bool=False):
     "Walk along the rays towards the surface |P| = r(P); with `keep` return the closest approach and its depth."
     inv = relax*torch.rsqrt(B[0]*B[0] + B[1]*B[1] + B[2]*B[2])
@@ -228,6 +227,7 @@ def _march(r:torch.Tensor, A, B, z, steps:int, relax:float, keep:bool=False):
 def trace(radius:torch.Tensor, # (B, 1, R, R)
           cam:dict, size:int,  # canvas of size x size pixels (even)
           pixel:torch.Tensor,  # (B,) size of a pixel, head units
+          turned:torch.Tensor, # (B,) bool: the nose may hide a cheek, so look for depth edges
           ) -> dict:
     "The first point of the head on every ray: depth z, coverage 0..1, position, chart coordinates."
     half = size//2
@@ -236,15 +236,14 @@ def trace(radius:torch.Tensor, # (B, 1, R, R)
     front = F.max_pool2d(z[:, None], 3, 1, 1)
     A, B = rays(cam, size, size)
     up = lambda t: F.interpolate(t, (size, size), mode="bilinear", align_corners=False)[:, 0]
-    zc, best, where = _march(radius, A, B, up(z[:, None]) + .02, 4, .9, True)
-    edge = ((front[:, 0] - z) > .10)
-    if bool(edge.any()):                                                            # depth edges: start again from the nearer side
-        which = torch.nonzero(edge.flatten(1).any(1))[:, 0]
+    zc, best, where = _march(radius, A, B, up(z[:, None]) + .025, 4, .92, True)
+    which = torch.nonzero(turned)[:, 0]
+    if len(which):                                                                  # depth edges: start again from the nearer side
         sub = lambda L: [t[which] for t in L]
         z2, b2, w2 = _march(radius[which], sub(A), sub(B), up(front)[which] + .02, 6, .9, True)
         take = ((b2 < .006) & (w2 > where[which] + .02)).to(z2.dtype)
         best[which] = best[which] + take*(b2 - best[which]); where[which] = where[which] + take*(w2 - where[which])
     P = [torch.addcmul(A[i], where, B[i]) for i in range(3)]
     n = torch.sqrt(P[0]*P[0] + P[1]*P[1] + P[2]*P[2]); den = 1/(n + P[2]).clamp_(min=.05)
-    cover = (1 - best/(1.3*pixel[:, None, None])).clamp_(0, 1)
+    cover = (1.15 - best/(1.5*pixel[:, None, None])).clamp_(0, 1)
     return dict(z=where, cover=cover, A=A, B=B, P=P, norm=n, den=den, u=P[0]*den, v=P[1]*den)
