@@ -592,7 +592,7 @@ def _lmdb_order(file, keys:np.ndarray, spans) -> np.ndarray:
     if len(np.unique(at)) != len(at): raise DataError(f"{file.path}: __keys__ lists an image twice")
     return at
 
-# %% ../../nbs/12a_containers.ipynb #59d68bce
+# %% ../../nbs/12a_containers.ipynb #fcc05937
 def read_lmdb(path,                 # folder with data.mdb, or the file
               on_error:str="raise", # or "skip"
               ) -> Records:         # identity = label
@@ -612,20 +612,21 @@ def read_lmdb(path,                 # folder with data.mdb, or the file
         except (DataError, IndexError, OverflowError) as e:
             name, good[row] = keys[k].decode("latin-1"), False
             tolerate(on_error, skipped, f"{file.path}, entry {name}", DataError(f"{file.path} at byte {places[k, 0]:,} (entry {name}): {e}"), places[k, 0])
-    values, kept = values[good], keys[order[good]]
+    if not good.all(): values, order = values[good], order[good]
+    kept = keys[order]
     names = pa.chunked_array([pa.array([k.decode("latin-1") for k in kept[a:a + 100_000]], pa.large_string()) for a in range(0, len(kept), 100_000)], pa.large_string())
-    source = SpanSource(file, values[:, 0], values[:, 1])
-    source.features = values[:, 2:4]
-    return Records(standard_table(dict(image=text_column(names), identity=values[:, 4])), source, name=path.stem, skipped=skipped)
+    source = SpanSource(file, values[:, 0].copy(), values[:, 1].copy())
+    if values[:, 3].any(): source.features = values[:, 2:4].copy()
+    return Records(standard_table(dict(image=text_column(names), identity=values[:, 4].copy())), source, name=path.stem, skipped=skipped)
 
-# %% ../../nbs/12a_containers.ipynb #2037aba5
+# %% ../../nbs/12a_containers.ipynb #ae3b12dc
 def lmdb_features(records:Records, which=None # positions; None: all
                   ) -> np.ndarray:   # (N, D) float32
     "The feature vectors stored beside the images of a Vec2Face training set."
     import io
     rows, out = source_rows(records, slice(None) if which is None else which), []
     for row in rows:
-        offset, length = getattr(records.source, "features", np.zeros((row + 1, 2), int))[row]
+        offset, length = (0, 0) if getattr(records.source, "features", None) is None else records.source.features[row]
         if not 0 < length < 2**20: raise DataError(f"{records.source.where(int(row))} has no feature beside it", None, "HSFace holds images and labels only; embed them")
         content = records.source.file.read(int(offset), int(length))
         try: out.append(np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32).ravel() if content[:6] == b"\x93NUMPY" else np.frombuffer(content, "<f4"))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'NUMBERS', 'STANDARD', 'TEXT', 'GENDERS', 'Source', 'ArraySource', 'inside', 'FileSource', 'text_column',
-           'standard_table', 'Skipped', 'tolerate', 'row_positions', 'Records', 'records_from_arrays', 'source_rows',
-           'select_records', 'read_images', 'read_batches', 'readable_records', 'describe', 'preview', 'show_records',
-           'file_name', 'write_images', 'write_table', 'read_table', 'save_records', 'load_records']
+           'repeated', 'standard_table', 'Skipped', 'tolerate', 'row_positions', 'Records', 'records_from_arrays',
+           'source_rows', 'select_records', 'read_images', 'read_batches', 'readable_records', 'describe', 'preview',
+           'show_records', 'file_name', 'write_images', 'write_table', 'read_table', 'save_records', 'load_records']
 
 # %% ../../nbs/10_records.ipynb #84ede034
 import os, re
@@ -100,7 +100,18 @@ def _words(name, x) -> pd.Series:
         except KeyError as e: raise DataError("Column gender must be female or male", e.args[0]) from e
     return x
 
-# %% ../../nbs/10_records.ipynb #4d5c0343
+# %% ../../nbs/10_records.ipynb #ab411a52
+def repeated(names:pd.Series # N strings
+             ) -> str|None:  # one that occurs twice
+    "A name that occurs twice, or None."
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(pd.util.hash_array(names.iloc[a:a + 100_000].to_numpy(dtype=object), categorize=False) for a in range(0, len(names), 100_000))])
+    ordered = np.sort(hashes)
+    same = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(same): return None
+    suspects = names[np.isin(hashes, same)]
+    return str(suspects[suspects.duplicated()].iloc[0]) if suspects.duplicated().any() else None
+
+# %% ../../nbs/10_records.ipynb #a6fdff4c
 def standard_table(columns # mapping of column names to N values or one value, or a DataFrame
                    ) -> pd.DataFrame: # columns in the standard order, then any others; index 0..N-1
     "Check and type the columns of a data set."
@@ -108,7 +119,7 @@ def standard_table(columns # mapping of column names to N values or one value, o
     if "image" not in table: raise DataError("A table of images needs a column image", list(table.columns))
     if table["image"].isna().any(): raise DataError("Column image has empty entries", int(table["image"].isna().idxmax()))
     table["image"] = table["image"].astype(TEXT)
-    if table["image"].duplicated().any(): raise DataError("Two rows have the same image name", str(table["image"][table["image"].duplicated()].iloc[0]))
+    if (twice := repeated(table["image"])) is not None: raise DataError("Two rows have the same image name", twice)
     if "identity" not in table: table["identity"] = pd.Categorical([None]*len(table))
     if "split" not in table: table["split"] = pd.Categorical.from_codes(np.zeros(len(table), np.int8), ["all"])
     for name in WORDS:
