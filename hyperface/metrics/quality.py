@@ -113,7 +113,7 @@ def cosine_to_identity(embeddings,           # (N, D)
     rest = np.sqrt(np.maximum(square[codes] - 2*keep*own + keep, 1e-12))
     return np.where(n[codes] - keep > 0, (own - keep)/rest, np.nan)
 
-# %% ../../nbs/43_quality.ipynb #d630054c
+# %% ../../nbs/43_quality.ipynb #3ff3fe7b
 OUTLIER, SAME_PERSON, NEAR_DUPLICATE = .3, .7, .9   # thresholds on the cosine: appendix A.3 twice; the third is measured above
 
 def intra_class_noise(embeddings,             # (N, D)
@@ -141,7 +141,7 @@ def intra_class_noise(embeddings,             # (N, D)
     found = pd.DataFrame(dict(index=rows, identity=names[codes[rows]], cosine=fit[rows],
         belongs_to=np.where(moved, names[there[:, 0]].astype(object), None), cosine_there=np.where(moved, cosine[:, 0], np.nan)))
     known = np.isfinite(fit)
-    found.attrs.update(n=int(known.sum()), rate=float(len(rows)/max(known.sum(), 1)), rate_with_self=float(np.mean(plain < threshold)), threshold=threshold)
+    found.attrs.update(n=int(known.sum()), rate=float(len(rows)/known.sum()) if known.any() else np.nan, rate_with_self=float(np.mean(plain < threshold)), threshold=threshold)
     return found
 
 # %% ../../nbs/43_quality.ipynb #d1dff840
@@ -451,7 +451,7 @@ def near_duplicates(embeddings,                     # (N, D)
     found.attrs["pictures"] = int(len(np.unique(found[["a", "b"]])))
     return found
 
-# %% ../../nbs/43_quality.ipynb #bb910bc9
+# %% ../../nbs/43_quality.ipynb #4c1af767
 @dataclass(repr=False)
 class Leakage:
     "Nearest training pictures of a generated set."
@@ -487,7 +487,7 @@ def leakage(embeddings,               # (N, D) generated
     if threshold is None:
         if not 0 < chance < 1: raise DataError("chance must be between 0 and 1", chance)
         threshold = min(float(middle + spread*norm.isf(-np.expm1(np.log1p(-chance)/len(y)))), .999)
-    expected = -np.expm1(len(y)*np.log1p(-norm.sf((threshold - middle)/spread)))
+    expected = -np.expm1(len(y)*np.log1p(-min(norm.sf((threshold - middle)/spread), 1 - 1e-16)))
     rows = np.flatnonzero(cosine[:, 0] >= threshold)
     rows = rows[np.argsort(-cosine[rows, 0], kind="stable")]
     table = pd.DataFrame(dict(index=rows, training=where[rows, 0], cosine=cosine[rows, 0]))
