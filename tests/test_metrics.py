@@ -304,6 +304,17 @@ def test_streaming_edges_and_faults():
         with pytest.raises(ConfigError): V.StreamingROC(**bad)
 
 
+def test_streaming_counts_on_disk(tmp_path):
+    s, y = scored(0)
+    path = V.StreamingROC(step=2.**-9).update(s, y).save(tmp_path/"c.npz")
+    assert np.array_equal(V.load_streaming(path).update(s, y).counts, 2*V.StreamingROC(step=2.**-9).update(s, y).counts)
+    from hyperface.core import write_npz
+    for name, content in dict(other=dict(a=np.zeros(3)), short=dict(counts=np.zeros((2, 3), np.int64), low=-1, high=1, step=.5), kind=dict(counts=np.zeros((2, 6)), low=-1, high=1, step=.5), step=dict(counts=np.zeros((2, 6), np.int64), low=-1, high=1, step=.3)).items():
+        with pytest.raises(DataError, match=name): V.load_streaming(write_npz(tmp_path/f"{name}.npz", **content))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match="c.npz"): V.load_streaming(path)
+
+
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
 @pytest.mark.parametrize("per", [1, 3, 40])
 def test_all_pairs_are_all_pairs(chunk, per):
@@ -467,6 +478,14 @@ def test_equal_groups_are_fair():
     s, y, *_ = groups(2)
     twice = F.fairness(np.tile(s, 2), np.tile(y, 2), np.repeat(["x", "y"], len(s)), far=.05)
     for name, value in twice.summary.items(): assert float(value) == pytest.approx(F.FAIR[name], abs=1e-12), name
+
+
+def test_weighted_fairness_is_repetition():
+    s, y, a, b = groups(5)
+    w = rng(0, "w").integers(0, 3, len(s)).astype(float)
+    k = np.repeat(np.arange(len(s)), w.astype(int))
+    weighted, repeated = F._counts(a, b, y, s >= .3, 4, w), F._counts(a[k], b[k], y[k], s[k] >= .3, 4)
+    for x, z in zip(weighted, repeated): assert np.array_equal(x, z)
 
 
 def test_fairness_edges():

@@ -670,7 +670,7 @@ def heldout_rates(scores,         # (N,) numbers, higher = more alike
     return Rate(total.true_accepts/total.genuine, table.threshold.mean(), low, high, "95% wilson", f"FAR {total.false_accepts/total.impostor:.2g} where {far:g} was aimed at",
                 far=total.false_accepts/total.impostor, folds=table)
 
-# %% ../../nbs/40_verification.ipynb #d8efbbd2
+# %% ../../nbs/40_verification.ipynb #4030e3d7
 class VerificationReport:
     "The figures of one set of scored pairs, and their pictures."
     def __init__(self,
@@ -692,7 +692,7 @@ class VerificationReport:
         "One row per figure: value, threshold, interval."
         import pandas as pd
         return pd.DataFrame({k: v.as_dict() for k, v in self.rates.items()}).T[["value", "low", "high", "threshold", "interval"]].astype({k: float for k in ("value", "low", "high", "threshold")})
-    def _repr_html_(self): return self.frame().style.format(precision=5, na_rep="").to_html()
+    def _repr_html_(self): return self.frame().to_html(float_format="{:.5f}".format, na_rep="")
     def __repr__(self): return "\n".join(f"{k}: {v!r}" for k, v in self.rates.items())
     def plot(self):
         "Heaps, ROC and DET side by side."
