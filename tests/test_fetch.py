@@ -276,7 +276,7 @@ def test_two_processes_do_not_write_one_part(server, tmp_path):
             errors.append(e)
     t = threading.Thread(target=first)
     t.start()
-    while not (tmp_path/"f.bin.part").exists():
+    while not ((tmp_path/"f.bin.part").exists() and (tmp_path/"f.bin.part").stat().st_size):
         time.sleep(.01)
     with pytest.raises(DataError, match="another process"):
         get(server, tmp_path/"f.bin")

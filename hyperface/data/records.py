@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'NUMBERS', 'STANDARD', 'TEXT', 'GENDERS', 'Source', 'ArraySource', 'inside', 'FileSource', 'text_column',
-           'repeated', 'standard_table', 'Skipped', 'tolerate', 'row_positions', 'Records', 'records_from_arrays',
-           'source_rows', 'select_records', 'read_images', 'read_batches', 'readable_records', 'describe', 'preview',
-           'show_records', 'file_name', 'write_images', 'write_table', 'read_table', 'save_records', 'load_records']
+           'repeated', 'standard_table', 'Skipped', 'tolerate', 'row_positions', 'Records', 'lies_in',
+           'records_from_arrays', 'source_rows', 'select_records', 'read_images', 'read_batches', 'readable_records',
+           'describe', 'preview', 'show_records', 'file_name', 'write_images', 'write_table', 'read_table',
+           'save_records', 'load_records']
 
 # %% ../../nbs/10_records.ipynb #84ede034
 import os, re
@@ -174,7 +175,7 @@ def row_positions(table:pd.DataFrame, # of the records
     if which.min() < -n or which.max() >= n: raise DataError(f"Position outside 0..{n - 1}", int(which.max() if which.max() >= n else which.min()))
     return np.where(which < 0, which + n, which).astype(np.int64)
 
-# %% ../../nbs/10_records.ipynb #3574f349
+# %% ../../nbs/10_records.ipynb #8a71e1d6
 class Records:
     "A table of images with a lazy reader of their pixels."
     def __init__(self, table:pd.DataFrame, # what `standard_table` made
@@ -192,16 +193,15 @@ class Records:
     def _ipython_display_(self): show_records(self)
 
     @classmethod
-    def from_arrays(cls, images,         # (N, H, W, 3) uint8 RGB
-                    name:str="records",  # what the set is called
-                    **columns,           # N values each, or one for all; `image` defaults to numbers
+    def from_arrays(cls, images,        # (N, H, W, 3) uint8 RGB
+                    name:str="records", # what the set is called
+                    **columns,          # N values each, or one for all; `image` defaults to numbers
                     ) -> "Records":
         "Records of pixels in memory."
         return records_from_arrays(images, name, columns)
     @classmethod
-    def load(cls, folder # what `save` wrote
-             ) -> "Records":
-        "Read a folder with a `records.parquet`."
+    def load(cls, folder) -> "Records":
+        "Read what `save` wrote."
         return load_records(folder)
     def save(self, folder, **options) -> Path:
         "Write folder-of-folders and `records.parquet`; options as in `save_records`."
@@ -219,7 +219,7 @@ class Records:
     @property
     def hidden(self) -> bool:
         "Whether a published page must not show these images: photographs in `HYPERFACE_DATA`."
-        return publishing() and data_dir() is not None and self.source.root is not None and data_dir() in (Path(self.source.root).resolve(), *Path(self.source.root).resolve().parents)
+        return publishing() and lies_in(self.source.root, data_dir())
 
     def select(self, which # query string, mask, slice or positions
                ) -> "Records":
@@ -239,10 +239,18 @@ class Records:
                 ):                    # yields (indices (B,), images (B, 3, H, W))
         "All images in order, a batch at a time."
         return read_batches(self, batch_size, size, ahead)
-    def readable(self, on_error:str="skip" # "raise" stops at the first damaged image
-                 ) -> "Records":
+    def readable(self, on_error:str="skip") -> "Records":
         "Decode every image and keep those that can be; the others are listed in `.skipped`."
         return readable_records(self, on_error)
+
+# %% ../../nbs/10_records.ipynb #bf980776
+def lies_in(path,   # file or folder, or None
+            folder, # or None
+            ) -> bool:
+    "Whether a path lies in a folder, links followed."
+    if path is None or folder is None: return False
+    path, folder = Path(path).resolve(), Path(folder).resolve()
+    return folder in (path, *path.parents)
 
 # %% ../../nbs/10_records.ipynb #2a7da107
 def records_from_arrays(images,      # (N, H, W, 3) uint8 RGB
@@ -395,7 +403,7 @@ def _install(temporary:Path, path:Path) -> Path:
     shutil.rmtree(old, ignore_errors=True)
     return path
 
-# %% ../../nbs/10_records.ipynb #3bc3c154
+# %% ../../nbs/10_records.ipynb #6407733d
 def write_images(records:Records, # what to write
                  folder:Path,     # exists
                  format:str="png", # for images that are not encoded yet
@@ -416,6 +424,7 @@ def write_images(records:Records, # what to write
         (folder/name).write_bytes(content)
     return names
 
+# %% ../../nbs/10_records.ipynb #63b535c2
 def write_table(table:pd.DataFrame, # of records
                 name:str,           # what the set is called
                 path:Path,          # "records.parquet"
@@ -434,6 +443,7 @@ def read_table(path:Path # "records.parquet"
         return found.to_pandas(types_mapper=lambda t: pd.ArrowDtype(t) if pa.types.is_fixed_size_list(t) else None, ignore_metadata=True), name and name.decode()
     except Exception as e: raise DataError(f"{path} cannot be read: {e}", None, "Write the set again") from e
 
+# %% ../../nbs/10_records.ipynb #44696e33
 def save_records(records:Records,      # what to write
                  folder,               # the new folder
                  format:str="png",     # "png" or "jpg", for images that are not encoded yet
