@@ -165,7 +165,7 @@ def freshness(steps:dict[str, Step], names:list[str], out:Path, parameters:dict,
         why[name] = "forced" if name in rerun else stale_because(out, step, keys[name]) or (f"after {', '.join(before)}" if before else "")
     return keys, why
 
-# %% ../nbs/90_pipeline.ipynb #7cd9f316
+# %% ../nbs/90_pipeline.ipynb #029beb80
 def run_step(step:Step, out:Path, parameters:dict, key:dict) -> dict: # the sidecar
     "Execute a step's notebook; the returned record has status `done` or `failed`."
     import logging, warnings
@@ -182,7 +182,7 @@ def run_step(step:Step, out:Path, parameters:dict, key:dict) -> dict: # the side
     write_json(_sidecar(out, step.name), record | dict(outputs=before))
     try:
         papermill.execute_notebook(str(step.path), str(running), parameters=parameters | dict(out=str(out)), kernel_name="python3", cwd=str(step.path.parent),
-                                   progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=40"])
+                                   progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=50"])
         record["outputs"] = _outputs(step, out, parameters)
         record["status"] = "done"
     except Exception as e: record |= _failure(e)

@@ -15,4 +15,4 @@ def test_notebook_runs(path, monkeypatch):
     monkeypatch.delenv("HYPERFACE_RUNNER", raising=False)
     os.environ.pop("HYPERFACE_PROGRESS_FILE", None)
     nb = nbformat.read(path, as_version=4)
-    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}, extra_arguments=["--IPKernelApp.log_level=40"]).execute()
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}, extra_arguments=["--IPKernelApp.log_level=50"]).execute()

@@ -152,7 +152,7 @@ def run(path: Path, timeout: int = 3600) -> float:
     os.environ.setdefault("HYPERFACE_PROGRESS", "0")   # progress bars are noise on a printed page
     os.environ.setdefault("HYPERFACE_PUBLISH", "1")    # committed pages carry no photograph of a real person's data set
     NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(NBS)}},
-                   extra_arguments=["--IPKernelApp.log_level=40"]).execute()
+                   extra_arguments=["--IPKernelApp.log_level=50"]).execute()
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
