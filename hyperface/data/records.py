@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'NUMBERS', 'STANDARD', 'TEXT', 'GENDERS', 'Source', 'ArraySource', 'inside', 'FileSource', 'text_column',
-           'repeated', 'standard_table', 'Skipped', 'tolerate', 'row_positions', 'Records', 'lies_in',
+           'repeated', 'standard_table', 'Skipped', 'tolerate', 'row_positions', 'Shown', 'Records', 'lies_in',
            'records_from_arrays', 'source_rows', 'select_records', 'read_images', 'read_batches', 'readable_records',
            'describe', 'preview', 'show_records', 'file_name', 'write_images', 'write_table', 'read_table',
            'save_records', 'load_records']
@@ -175,8 +175,20 @@ def row_positions(table:pd.DataFrame, # of the records
     if which.min() < -n or which.max() >= n: raise DataError(f"Position outside 0..{n - 1}", int(which.max() if which.max() >= n else which.min()))
     return np.where(which < 0, which + n, which).astype(np.int64)
 
-# %% ../../nbs/10_records.ipynb #8a71e1d6
-class Records:
+# %% ../../nbs/10_records.ipynb #b0264852
+class Shown:
+    "How records show themselves: a line, and a sheet of their first images where that is allowed."
+    def __repr__(self): return describe(self)
+    def _repr_html_(self): return f"<p>{describe(self)}</p>"
+    def _repr_jpeg_(self): return None if self.hidden or not len(self) else preview(self)._repr_jpeg_()
+    def _ipython_display_(self): show_records(self)
+    @property
+    def hidden(self) -> bool:
+        "Whether a published page must not show these images: photographs in `HYPERFACE_DATA`."
+        return publishing() and lies_in(self.source.root, data_dir())
+
+# %% ../../nbs/10_records.ipynb #ae51f932
+class Records(Shown):
     "A table of images with a lazy reader of their pixels."
     def __init__(self, table:pd.DataFrame, # what `standard_table` made
                  source:Source,            # where the pixels are
@@ -187,10 +199,6 @@ class Records:
         if len(table) != len(source if rows is None else rows): raise DataError(f"{name}: the table has {len(table)} rows and the source {len(source if rows is None else rows)}")
         self.table, self.source, self.rows, self.name, self.skipped = table, source, rows, name, Skipped() if skipped is None else skipped
     def __len__(self): return len(self.table)
-    def __repr__(self): return describe(self)
-    def _repr_html_(self): return f"<p>{describe(self)}</p>"
-    def _repr_jpeg_(self): return None if self.hidden or not len(self) else preview(self)._repr_jpeg_()
-    def _ipython_display_(self): show_records(self)
 
     @classmethod
     def from_arrays(cls, images,        # (N, H, W, 3) uint8 RGB
@@ -216,11 +224,6 @@ class Records:
     def codes(self) -> np.ndarray: # (N,) int64 in 0..C-1, -1 where not known
         "Identities as consecutive numbers in sorted order: the labels a classifier trains on."
         return pd.factorize(self.table["identity"], sort=True)[0].astype(np.int64)
-    @property
-    def hidden(self) -> bool:
-        "Whether a published page must not show these images: photographs in `HYPERFACE_DATA`."
-        return publishing() and lies_in(self.source.root, data_dir())
-
     def select(self, which # query string, mask, slice or positions
                ) -> "Records":
         "Some of the rows, in the order given; categories that no longer occur are dropped."
