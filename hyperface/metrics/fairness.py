@@ -251,7 +251,7 @@ def plot_group_det(result:Fairness, # what `fairness` returns
 
 Fairness.plot_det = plot_group_det
 
-# %% ../../nbs/42_fairness.ipynb #d878c116
+# %% ../../nbs/42_fairness.ipynb #8271c64e
 def plot_cross(result:Fairness, # what `fairness` returns
                ax=None,         # matplotlib axes, or None for new ones
                ):
@@ -274,7 +274,7 @@ def plot_gaps(result:Fairness, # what `fairness` returns
         ax.hlines(y, table[f"{name} low"], table[f"{name} high"], color=colour, lw=3, alpha=.4)
         ax.plot(table[name], y, "o", color=colour)
         ax.axvline(overall, color=MEANING["bound"], ls="--", lw=1)
-        ax.set_yticks(y, result.groups); ax.set(title=name, xlabel="rate", ylim=(-.6, len(y) - .4)); ax.invert_yaxis(); ax.set_xlim(left=0)
+        ax.set_yticks(y, result.groups); ax.set(title=name, xlabel="rate", ylim=(-.6, len(y) - .4)); ax.invert_yaxis(); ax.set_xlim(left=0); ax.locator_params(axis="x", nbins=5)
     return axes
 
 Fairness.plot_cross, Fairness.plot = plot_cross, plot_gaps
