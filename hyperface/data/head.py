@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPAN', 'TEMPLATE', 'SHAPE', 'RESIDUALS', 'ACTIONS', 'EXPRESSIONS', 'RESIDUAL_PLACES', 'map_resolution', 'chart',
-           'action_vector', 'bumps', 'separable', 'radius_map', 'surroundings', 'with_slopes', 'sample', 'point',
+           'action_vector', 'separable', 'radius_map', 'bumps', 'surroundings', 'with_slopes', 'sample', 'point',
            'rotation', 'landmarks3d', 'align', 'camera', 'rays', 'trace']
 
 # %% ../../nbs/11a_head.ipynb #239e1c78
@@ -34,14 +34,14 @@ def chart(resolution:int, # texels on a side
     q = u*u + v*v
     return t, torch.stack([2*u, 2*v, 1 - q])/(1 + q)                  # (3, R, R)
 
-# %% ../../nbs/11a_head.ipynb #410a447e
+# %% ../../nbs/11a_head.ipynb #0bbbd8a3
 # name: (mean, standard deviation, men minus women, child minus adult, at eighty minus at thirty)
 SHAPE = dict(
     head_width=(.742, .022, .010, -.005, 0), head_top=(1.16, .03, 0, .02, 0), head_low=(1.11, .03, .015, -.11, .035), head_depth=(.93, .015, 0, 0, 0),
-    eye_x=(.188, .007, .002, .014, -.002), eye_size=(.099, .005, -.003, .010, -.005), eye_open=(.0338, .0040, -.0075, .008, -.006),
+    eye_x=(.179, .007, .002, .014, -.002), eye_size=(.095, .005, -.003, .010, -.005), eye_open=(.0338, .0040, -.0075, .008, -.006),
     eye_tilt=(.05, .035, -.015, 0, -.05), eye_depth=(.050, .010, .012, -.022, .014), lid_fold=(.022, .005, -.008, 0, -.004),
     brow_y=(.114, .008, -.021, .012, -.008), brow_thick=(.0165, .003, .0095, -.004, .001), brow_arch=(.016, .006, -.014, 0, -.004), brow_ridge=(.014, .010, .030, -.016, .002),
-    nose_length=(-.178, .009, -.004, .022, .002), nose_width=(.064, .0065, .006, -.004, .005), nose_height=(.150, .020, .012, -.060, .012),
+    nose_length=(-.165, .009, -.004, .022, .002), nose_width=(.064, .0065, .006, -.004, .005), nose_height=(.142, .020, .012, -.060, .012),
     nose_bridge=(.073, .020, .022, -.050, 0), nose_hump=(.002, .011, .006, -.006, .004), nose_tip=(.043, .006, .002, .003, .003),
     mouth_y=(-.331, .010, -.010, .026, -.012), mouth_width=(.130, .009, .005, -.014, 0), lip_upper=(.0240, .0045, -.0040, .001, -.007), lip_lower=(.0330, .0055, -.0035, .001, -.007),
     lip_forward=(.034, .012, -.004, .004, -.014), chin_y=(-.540, .015, -.012, .060, 0), chin_width=(.102, .018, .026, -.012, .010), chin_forward=(.120, .020, .004, -.060, .008),
@@ -63,6 +63,27 @@ def action_vector(expression:str, # a name of `EXPRESSIONS`
     "Facial actions (after Ekman and Friesen's FACS) of a named expression."
     if expression not in EXPRESSIONS: raise ConfigError("unknown expression", expression, "One of " + ", ".join(EXPRESSIONS))
     return {a: EXPRESSIONS[expression].get(a, 0.)*intensity for a in ACTIONS}
+
+# %% ../../nbs/11a_head.ipynb #2b4f7828
+def separable(rows:list,       # (u, v, width u, width v, height, mirrored) with (B,) tensors or numbers
+              t:torch.Tensor,  # (R,) chart coordinates
+              batch:int,       # B
+              ) -> torch.Tensor: # (B, R, R)
+    "A sum of axis-parallel Gaussians on the chart as one matrix product per face."
+    full = lambda x: x if torch.is_tensor(x) else torch.full((batch,), float(x))
+    u, v, a, b, h = (torch.stack([full(r[i]) for r in rows], 1)[..., None] for i in range(5))               # (B, K, 1)
+    both = torch.tensor([float(r[5]) for r in rows])[:, None]
+    cu = torch.exp(-.5*((t - u)/a)**2) + both*torch.exp(-.5*((t + u)/a)**2)                                 # (B, K, R)
+    cv = torch.exp(-.5*((t - v)/b)**2)*h
+    return torch.bmm(cv.transpose(1, 2), cu)                                                                # (B, R, R), rows are v
+
+def radius_map(p:dict, resolution:int=160) -> torch.Tensor: # (B, R, R)
+    "Distance of the skin from the centre of the head in every direction of the chart."
+    t, d = chart(resolution)
+    b = len(p["head_width"]); col = lambda k: p[k][:, None, None]
+    up = torch.where(d[1] > 0, 1., 0.)
+    inv = (d[0]/col("head_width"))**2 + (d[1]**2)*(up/col("head_top")**2 + (1 - up)/col("head_low")**2) + (d[2]/col("head_depth"))**2
+    return inv.rsqrt() + separable(bumps(p), t, b)
 
 # %% ../../nbs/11a_head.ipynb #2a9b9a42
 RESIDUAL_PLACES = [(.14, .26), (-.26, .30), (.24, -.16), (-.20, -.18), (.40, .02), (-.42, .0), (.16, -.42), (-.18, -.45), (.42, -.34), (-.40, -.36), (.03, -.60), (-.02, .06)]
@@ -95,27 +116,6 @@ def bumps(p:dict, # name -> (B,) tensors: shape parameters and actions
     for k, (a, b) in enumerate(RESIDUAL_PLACES): rows.append((a + 0*eu, b, .08 + .02*(k % 3), .08 + .02*(k % 2), s[f"residual{k}"]*.010, 0))
     return rows
 
-# %% ../../nbs/11a_head.ipynb #2b4f7828
-def separable(rows:list,       # (u, v, width u, width v, height, mirrored) with (B,) tensors or numbers
-              t:torch.Tensor,  # (R,) chart coordinates
-              batch:int,       # B
-              ) -> torch.Tensor: # (B, R, R)
-    "A sum of axis-parallel Gaussians on the chart as one matrix product per face."
-    full = lambda x: x if torch.is_tensor(x) else torch.full((batch,), float(x))
-    u, v, a, b, h = (torch.stack([full(r[i]) for r in rows], 1)[..., None] for i in range(5))               # (B, K, 1)
-    both = torch.tensor([float(r[5]) for r in rows])[:, None]
-    cu = torch.exp(-.5*((t - u)/a)**2) + both*torch.exp(-.5*((t + u)/a)**2)                                 # (B, K, R)
-    cv = torch.exp(-.5*((t - v)/b)**2)*h
-    return torch.bmm(cv.transpose(1, 2), cu)                                                                # (B, R, R), rows are v
-
-def radius_map(p:dict, resolution:int=160) -> torch.Tensor: # (B, R, R)
-    "Distance of the skin from the centre of the head in every direction of the chart."
-    t, d = chart(resolution)
-    b = len(p["head_width"]); col = lambda k: p[k][:, None, None]
-    up = torch.where(d[1] > 0, 1., 0.)
-    inv = (d[0]/col("head_width"))**2 + (d[1]**2)*(up/col("head_top")**2 + (1 - up)/col("head_low")**2) + (d[2]/col("head_depth"))**2
-    return inv.rsqrt() + separable(bumps(p), t, b)
-
 # %% ../../nbs/11a_head.ipynb #794f2d54
 def surroundings(x:torch.Tensor, # (B, R, R)
                  ) -> torch.Tensor:
@@ -147,7 +147,7 @@ def point(r:torch.Tensor, u:torch.Tensor, v:torch.Tensor) -> torch.Tensor: # (..
     q = u*u + v*v
     return torch.stack([2*u, 2*v, 1 - q], -1)*(r/(1 + q))[..., None]
 
-# %% ../../nbs/11a_head.ipynb #f1aa2b43
+# %% ../../nbs/11a_head.ipynb #d07d2524
 def rotation(yaw:torch.Tensor, pitch:torch.Tensor, roll:torch.Tensor, # (B,) degrees
              ) -> torch.Tensor: # (B, 3, 3), head frame to camera frame
     "Yaw, then pitch, then roll: positive turns to the image's right, looks up, tilts clockwise."
@@ -162,9 +162,9 @@ def rotation(yaw:torch.Tensor, pitch:torch.Tensor, roll:torch.Tensor, # (B,) deg
 def landmarks3d(p:dict, maps:torch.Tensor) -> torch.Tensor: # (B, 5, 3) head frame
     "Eyes, nose tip and mouth corners on the surface, image-left first for a frontal face."
     eu = p["eye_x"]; mw = p["mouth_width"] + .014*p["au12"] + .016*p["au20"] - .010*p["au23"] - .014*p["au26"]
-    mc = p["mouth_y"] - .008 + .034*p["au12"] - .022*p["au15"] - .012*p["au26"]
+    mc = p["mouth_y"] - .024 + .042*p["au12"] - .028*p["au15"] + .002*p["au17"] - .012*p["au20"]
     u = torch.stack([-eu, eu, 0*eu, -mw, mw], 1)
-    v = torch.stack([0*eu, 0*eu, p["nose_length"], mc, mc + .028*p["au14"]], 1)
+    v = torch.stack([0*eu, 0*eu, p["nose_length"], mc, mc + .052*p["au14"]], 1)
     return point(sample(maps[:, :1], u, v)[:, 0], u, v)
 
 # %% ../../nbs/11a_head.ipynb #0622f025

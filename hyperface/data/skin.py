@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..core import rng
 from .head import chart, separable
 
-# %% ../../nbs/11b_skin.ipynb #0f1cb2b6
+# %% ../../nbs/11b_skin.ipynb #3988f394
 @lru_cache(maxsize=1)
 def noise_tile(side:int=512) -> torch.Tensor: # (1, 4, side, side): cloudy, fine, strands, spots; mean 0, variance 1
     "Four textures that repeat without a seam, made once from white noise by filtering."
@@ -39,6 +39,7 @@ def noise(x:torch.Tensor, y:torch.Tensor, # positions in tiles: 1 is the whole t
     grid = torch.stack([wrap(x).reshape(1, 1, -1), wrap(y).reshape(1, 1, -1)], -1)
     return F.grid_sample(tile, grid, mode="bilinear", padding_mode="border", align_corners=False)[0, :, 0].reshape(last - first, *x.shape)
 
+# %% ../../nbs/11b_skin.ipynb #e46f5c8b
 def gauss(x, s):
     y = x*x
     return (y.mul_(-.5/(s*s)) if not torch.is_tensor(s) else y*(-.5/(s*s))).exp_()
@@ -69,7 +70,30 @@ def fields(p:dict, resolution:int) -> torch.Tensor: # (B, 3, R, R): blood, darke
         (.070 + o, (mv + nl)/2 - .030, .045, .022, 1.45*torch.maximum(m, s*.9) + .75*z, 1), (.165 + o, mv - .02, .028, .07, .9*torch.maximum(s, p["goatee"]) + .3*z, 1), (o, mv - .062, .028, .016, .5*torch.maximum(s, p["goatee"]), 0)], t, b)
     return torch.stack([blood, dark, beard], 1)
 
-# %% ../../nbs/11b_skin.ipynb #b34a0cfc
+# %% ../../nbs/11b_skin.ipynb #adbce602
+SKIN = (.80, .585, .475)                                        # reflectance of skin without pigment, linear RGB
+MELANIN, BLOOD = (2.0, 2.5, 2.95), (.03, .24, .17)              # absorption of the two pigments
+TONES = dict(white=.10, asian=.18, other=.32, indian=.50, black=.82)   # mean melanin of the groups drawn here
+
+def skin_colour(melanin, blood, yellow) -> torch.Tensor: # (3, ...) linear RGB
+    "Light that comes back from skin with so much melanin and blood (Beer-Lambert in two pigments)."
+    out = torch.stack([SKIN[c]*torch.exp(-MELANIN[c]*melanin - BLOOD[c]*blood) for c in range(3)])
+    out[2] *= 1 - .14*yellow
+    return out
+
+def fields(p:dict, resolution:int) -> torch.Tensor: # (B, 3, R, R): blood, darkening, beard density
+    "Slow variations over the face, as sums of Gaussians on the chart."
+    t, _ = chart(resolution); b = len(p["eye_x"]); o = 0*p["eye_x"]
+    eu, mv, nl, cv = p["eye_x"], p["mouth_y"], p["nose_length"], p["chin_y"]
+    cheek = .32 + .5*p["redness"].clamp(min=-.5) + .55*p["blush"]
+    blood = separable([(.31 + o, -.15, .12, .10, cheek, 1), (o, nl, .06, .06, .30 + .4*p["redness"], 0), (o, cv, .10, .06, .15 + o, 0), (eu, -.05, .09, .03, .14 + o, 1), (1.05 + o, 0, .16, .2, .5 + o, 1), (eu, .04, .09, .025, .12 + o, 1)], t, b)
+    dark = separable([(eu - .01, -.052, .075, .022, p["eye_bags"], 1), (eu - .07, .01, .03, .05, .015 + .35*p["eye_bags"], 1), (o, mv, .20, .07, .03 + o, 0), (o, .30, .3, .16, -.03 + o, 0), (.8 + o, -.3, .25, .5, .05 + o, 1)], t, b)
+    s, m = p["beard"], p["moustache"]; z = p["stubble"]
+    beard = separable([(.40 + o, -.56, .14, .13, s + .55*z, 1), (.62 + o, -.36, .075, .17, s + .5*z, 1), (o, cv - .02, .16, .085, 1.3*torch.maximum(s, p["goatee"]) + .8*z, 0), (o, cv - .2, .4, .10, s + .6*z, 0),
+        (.070 + o, (mv + nl)/2 - .030, .045, .022, 1.45*torch.maximum(m, s*.9) + .75*z, 1), (.165 + o, mv - .02, .028, .07, .9*torch.maximum(s, p["goatee"]) + .3*z, 1), (o, mv - .062, .028, .016, .5*torch.maximum(s, p["goatee"]), 0)], t, b)
+    return torch.stack([blood, dark, beard], 1)
+
+# %% ../../nbs/11b_skin.ipynb #05aea3bc
 def gather(mask:torch.Tensor, # (B, H, W) bool
            p:dict, names:str, # parameter names, separated by blanks
            ):                 # (index (n,), {name: (n,)}); n is a multiple of 64
@@ -82,6 +106,7 @@ def gather(mask:torch.Tensor, # (B, H, W) bool
 
 def mix(a, b, t): return a + (b - a)*t
 
+# %% ../../nbs/11b_skin.ipynb #b18dcd6f
 LINES = "wrinkle au1 au2 au4 au6 au9 au10 au12 au15 au20 eye_x eye_size nose_length nose_width mouth_y mouth_width"
 
 def wrinkles(q:dict, u:torch.Tensor, v:torch.Tensor, n:torch.Tensor) -> torch.Tensor: # (n,) darkening >= 0
@@ -101,7 +126,7 @@ def wrinkles(q:dict, u:torch.Tensor, v:torch.Tensor, n:torch.Tensor) -> torch.Te
     out = out + .55*q["au9"]*tooth((v + .35*a - .02)*(1/.034))*gauss(v - .035, .035)*gauss(a, .055)
     return out + .30*w*gauss(v + .072 - .04*((a - q["eye_x"])/.09)**2*.6, .006)*gauss(a - q["eye_x"] + .02, .06)
 
-# %% ../../nbs/11b_skin.ipynb #2ebaa085
+# %% ../../nbs/11b_skin.ipynb #c8bb6528
 SKIN_PARTS = "skin_offset skin_offset2 freckles age_spots skin_tone tan redness yellow mole0 mole0u mole0v mole1 mole1u mole1v mole2 mole2u mole2v"
 
 def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3, H, W): blood, darkening, beard sampled
@@ -127,6 +152,7 @@ def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3
         albedo[:, index] = albedo[:, index]*torch.exp(lines*torch.tensor([-.75, -1., -1.05])[:, None])
     return albedo, grain
 
+# %% ../../nbs/11b_skin.ipynb #38992f49
 def paint_beard(p:dict, albedo, u, v, density) -> None:
     "Hair on cheeks, chin and lip, and its shadow where it is shaved; changes `albedo` (3, N) in place."
     index, q = gather((density > .06) & (p["stubble"] + p["beard"] + p["moustache"] + p["goatee"] > .04)[:, None, None], p, "skin_offset skin_offset2 mouth_y mouth_width beard_dark beard_length hair_r hair_g hair_b")
@@ -178,7 +204,7 @@ def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     albedo[:, index] = A + .42*spark*inside
     gloss[index] = mix(gloss[index], torch.full_like(e, .10), inside)
 
-# %% ../../nbs/11b_skin.ipynb #0805aefe
+# %% ../../nbs/11b_skin.ipynb #7f5c59bb
 BROW = "eye_x brow_y brow_thick brow_arch au1 au2 au4 au9 brow_r brow_g brow_b brow_dense pixel skin_offset brow_gap brow_long"
 
 def paint_brows(p:dict, albedo:torch.Tensor, u, v) -> None:
@@ -187,7 +213,7 @@ def paint_brows(p:dict, albedo:torch.Tensor, u, v) -> None:
     index, q = gather((a < .36) & ((v - c("brow_y") - .012).abs() < .085), p, BROW)
     if index is None: return
     U, V = u.reshape(-1)[index].abs(), v.reshape(-1)[index]
-    inner = .068 + q["brow_gap"] - .016*q["au4"]; t = (U - inner)/(.205 + q["brow_long"]); k = t.clamp(0, 1)
+    inner = .062 + q["brow_gap"] - .016*q["au4"]; t = (U - inner)/(.205 + q["brow_long"]); k = t.clamp(0, 1)
     centre = q["brow_y"] - .004 + q["brow_arch"]*(1 - ((k - .64)/.64)**2) + .026*q["au1"]*(1 - k)**1.5 + .024*q["au2"]*smooth(k*1.6) - .036*q["au4"]*(1 - .70*k) - .012*q["au9"]
     s = noise((V*.9 + U*.55) + q["skin_offset"], U*.16, 2, 3)[0]
     half = q["brow_thick"]*(1.06 - .62*k*k)*smooth(k*7 + .35)*(1 + .12*s)
