@@ -345,6 +345,26 @@ def test_hostile_archives(kind, tmp_path):
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["in", "in/a.zip", "in/out", "in/out/old"]
 
 
+def test_what_is_there_already_is_never_deleted(server, tmp_path):
+    mine = tmp_path/"models"/"buffalo_s"/"mine.onnx"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"my own")
+    server.files["buffalo_s.zip"] = zip_of(("det.onnx", b"one"))
+    F.fetch("buffalo_s", tmp_path, base_url=server.at, say=lambda t: None)
+    (tmp_path/"x.zip").write_bytes(server.files["buffalo_s.zip"])
+    with pytest.raises(DataError, match="is there already"):
+        F.unpack(tmp_path/"x.zip", mine.parent)
+    assert mine.read_bytes() == b"my own" and not server.log
+
+
+def test_empty_archive_and_folder_as_target(server, tmp_path):
+    (tmp_path/"x.zip").write_bytes(zip_of())
+    with pytest.raises(DataError, match="empty"):
+        F.unpack(tmp_path/"x.zip", tmp_path/"out")
+    with pytest.raises(DataError, match="is a folder"):
+        get(server, tmp_path)
+
+
 @pytest.mark.parametrize("make", [lambda: zip_of(("top/a/1.jpg", b"1"), ("top/b/2.jpg", b"2")), lambda: tar_of(("top/a/1.jpg", b"1", R), ("top/b/2.jpg", b"2", R))])
 def test_good_archives(make, tmp_path):
     (tmp_path/"x").write_bytes(make())

@@ -450,6 +450,29 @@ def test_every_impostor_pair_of_a_set_of_nearly_one_person():
     assert (r.codes[p.left] != r.codes[p.right])[~p.labels].all()
 
 
+def lopsided():
+    "As many images per person as in LFW: most have one, one has 530."
+    counts = np.concatenate([[530, 236, 144, 121, 109], np.random.default_rng(0).geometric(.25, 900) + 1, np.ones(4000, int)])
+    return Records.from_arrays(np.zeros((counts.sum(), 1, 1, 3), np.uint8), name="lopsided", identity=np.repeat(np.arange(len(counts)), counts))
+
+
+def test_one_person_with_most_of_the_pairs_does_not_get_a_fold_to_himself():
+    r = lopsided()
+    p = pairs.draw_pairs(r)
+    assert len(p) == 20_000 and (np.bincount(p.folds) == 2000).all()
+    people = [len(np.unique(r.codes[np.concatenate([p.left[p.folds == f], p.right[p.folds == f]])])) for f in range(10)]
+    assert min(people) > .7*max(people)
+
+
+@real
+def test_pairs_can_be_drawn_from_lfw(lfw):
+    p = pairs.draw_pairs(lfw, within="gender", seed=3)
+    g = lfw.table.gender.astype(object).to_numpy()
+    assert len(p) == 20_000 and (g[p.left] == g[p.right])[~p.labels].all()
+    with pytest.raises(DataError, match="All folds together have"):
+        pairs.draw_pairs(lfw, per_identity=1)
+
+
 def test_no_identities_no_pairs():
     with pytest.raises(DataError, match="no identities"):
         pairs.draw_pairs(Records.from_arrays(np.zeros((4, 1, 1, 3), np.uint8)), 1, 1)

@@ -143,7 +143,7 @@ def _transfer(url:str, part:Path, tries:int, wait:float) -> None:
             time.sleep(wait*2**k)
         raise DataError(f"{url} could not be fetched in {tries} tries", None, "Run again to resume")
 
-# %% ../../nbs/14_fetch.ipynb #5e3c7e94
+# %% ../../nbs/14_fetch.ipynb #8fa72f3f
 def download(url,                      # address, or several to try in order
              path,                     # the final file
              sha256:str|None=None,     # 64 hexadecimal digits; None accepts what comes
@@ -155,6 +155,7 @@ def download(url,                      # address, or several to try in order
     for u in urls:
         if urllib.parse.urlsplit(u).scheme not in ("http", "https"): raise ConfigError("Only http and https addresses are fetched", u)
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256): raise ConfigError("sha256 must be 64 hexadecimal digits", sha256)
+    if path.is_dir(): raise DataError(f"{path} is a folder", None, "Name a file")
     if path.exists() and (sha256 is None or file_key(path) == sha256): return file_key(path)
     part = path.with_name(path.name + ".part")
     for k, u in enumerate(urls):
@@ -170,7 +171,7 @@ def download(url,                      # address, or several to try in order
     os.replace(part, path)
     return found
 
-# %% ../../nbs/14_fetch.ipynb #f5942b59
+# %% ../../nbs/14_fetch.ipynb #03bc6f12
 MAX_UNPACKED = 50*2**30
 
 def _entries(archive:Path):
@@ -201,7 +202,7 @@ def unpack(archive, # .zip, .tgz, .tar
             if total > max_bytes: raise DataError(f"{archive.name} would unpack to {total/2**30:,.0f} GiB", None, "A decompression bomb, or raise max_bytes")
             temporary.mkdir(parents=True)
             if total > shutil.disk_usage(temporary).free: raise DataError(f"No space to unpack {archive.name}: {total/1e6:,.0f} MB", None, "Free some space")
-            handle.extractall(temporary) if isinstance(handle, zipfile.ZipFile) else handle.extractall(temporary, filter="data")
+            handle.extractall(temporary) if isinstance(handle, zipfile.ZipFile) else handle.extractall(temporary, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         return _settle(temporary, folder)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, NotImplementedError, ValueError) as e:
         if isinstance(e, HyperfaceError): raise
@@ -212,11 +213,13 @@ def _settle(temporary:Path, folder:Path) -> Path:
     "Give the unpacked folder its name, without a lonely top folder."
     inner = [p for p in temporary.iterdir() if p.name != "__MACOSX"]
     source = inner[0] if len(inner) == 1 and inner[0].is_dir() else temporary
-    if folder.exists(): shutil.rmtree(folder)
+    if not inner: raise DataError("The archive is empty", folder.name)
+    if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
+    if folder.exists(): raise DataError(f"{folder} is there already", None, "Move it away; it may hold something of yours")
     os.replace(source, folder)
     return folder
 
-# %% ../../nbs/14_fetch.ipynb #0166f028
+# %% ../../nbs/14_fetch.ipynb #f3bf0f30
 def _checked_sum(folder:Path, file:Remote) -> str|None:
     "The checksum that a file must have: the known one, or what the first download had."
     if file.sha256: return file.sha256
@@ -232,7 +235,8 @@ def _fetch_file(folder:Path, file:Remote, base_url:str|None, keep:bool, tries:in
     "One file of an offer: download, check, write down, unpack."
     target = folder/file.unpack if file.unpack else folder/file.name
     want = _checked_sum(folder, file)
-    if target.is_dir() and want or target.is_file() and (want is None or file_key(target) == want): say(f"{file.name}: already there"); return
+    there = any(target.iterdir()) if target.is_dir() else target.is_file() and (want is None or file_key(target) == want)
+    if there: say(f"{file.name}: already there, in {target.name}"); return
     urls = file.urls if base_url is None else (base_url.rstrip("/") + "/" + file.name,)
     found = download(urls, folder/file.name, want, tries, wait)
     if file.unpack:

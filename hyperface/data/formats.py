@@ -220,7 +220,7 @@ def read_labelled_folder(root,                 # folder with dataset.json
     kept = [n for n, k in zip(listed, known) if k]
     return _folder_records(root, names.filter(known), _label_columns([labels[n] for n in kept], str(where)), skipped)
 
-# %% ../../nbs/12_formats.ipynb #ff06dc56
+# %% ../../nbs/12_formats.ipynb #f0aa742e
 READERS = {
     "native":      (Records.load,         "folder with records.parquet, written by Records.save"),
     "folder":      (read_folder,          "one folder per identity: CASIA-WebFace, VGGFace2, Glint as images"),
@@ -270,10 +270,10 @@ def read_dataset(path,                 # file or folder
                  check:bool=False,     # decode every image and treat damaged ones the same way
                  ) -> Records:
     "Any data set in a format of `READERS`, as Records."
+    path = Path(path).expanduser()
     kind = format or detect_format(path)
     if kind not in READERS: raise ConfigError("format must be one of " + ", ".join(READERS), kind)
     if on_error not in ("raise", "skip"): raise ConfigError("on_error must be raise or skip", on_error)
-    path = Path(path)
     if kind == "native": records = Records.load(path.parent if path.is_file() else path)
     elif kind == "rec": records = read_rec(min(path.glob("*.rec"), key=lambda p: (p.name != "train.rec", p.name), default=path/"train.rec") if path.is_dir() else path.with_suffix(".rec"), on_error)
     else: records = READERS[kind][0](path, on_error)

@@ -234,20 +234,20 @@ def _list_impostors(groups, codes, n:int, draw) -> tuple[np.ndarray, np.ndarray]
     at = draw.choice(len(left), n, replace=False)
     return left[at], right[at]
 
-# %% ../../nbs/13_pairs.ipynb #2e338aa0
-def deal_identities(counts:np.ndarray, # (K,) weight of each identity
-                    folds:int,         # how many
-                    draw,              # numpy Generator
-                    ) -> np.ndarray:   # (K,) fold of each identity
+# %% ../../nbs/13_pairs.ipynb #ef5d8f1c
+def deal_identities(weights:np.ndarray, # (K,) weight of each identity
+                    folds:int,          # how many
+                    draw,               # numpy Generator
+                    ) -> np.ndarray:    # (K,) fold of each identity
     "Deal identities to folds so that the folds weigh nearly the same."
     import heapq
-    order = draw.permutation(len(counts))
-    order = order[np.argsort(-np.asarray(counts)[order], kind="stable")]
-    heap, fold = [(0, 0, f) for f in range(folds)], np.zeros(len(counts), np.int64)
+    order = draw.permutation(len(weights))
+    order = order[np.argsort(-np.asarray(weights)[order], kind="stable")]
+    heap, fold = [(0., f) for f in range(folds)], np.zeros(len(weights), np.int64)
     for k in order:
-        weight, members, f = heapq.heappop(heap)
+        weight, f = heapq.heappop(heap)
         fold[k] = f
-        heapq.heappush(heap, (weight + int(counts[k]), members + 1, f))
+        heapq.heappush(heap, (weight + float(weights[k]), f))
     return fold
 
 def _groups(records:Records, positions:np.ndarray, within) -> list[np.ndarray]:
@@ -259,7 +259,7 @@ def _groups(records:Records, positions:np.ndarray, within) -> list[np.ndarray]:
     part = records.table.iloc[positions]
     return [positions[np.sort(v)] for _, v in sorted(part.groupby(columns, observed=True, dropna=True).indices.items(), key=lambda x: str(x[0]))]
 
-# %% ../../nbs/13_pairs.ipynb #9a3ab655
+# %% ../../nbs/13_pairs.ipynb #a0a518f0
 def draw_pairs(records:Records,         # identities must be known
                n_genuine:int=10_000,    # pairs of one person
                n_impostor:int=10_000,   # pairs of two
@@ -274,21 +274,26 @@ def draw_pairs(records:Records,         # identities must be known
     if not (codes >= 0).any(): raise DataError(f"{records.name} has no identities", None, "Pairs can be drawn only where it is known who is who")
     counts = np.bincount(codes[codes >= 0])
     if folds > len(counts): raise DataError(f"{folds} folds cannot be made of {len(counts)} identities", folds)
-    fold_of = deal_identities(counts*(counts - 1)//2, folds, draw)
+    usable = np.minimum(counts*(counts - 1)//2, min(per_identity or n_genuine, -(-n_genuine//folds)))
+    fold_of = deal_identities(counts/counts.sum() + usable/max(usable.sum(), 1), folds, draw)
+    inside = [_fold_members(records, codes, fold_of == f, within) for f in range(folds)]
+    there = np.array([_available(*m, codes, per_identity) for m in inside])                 # (folds, 2)
     parts = []
-    for f in range(folds):
-        positions = np.flatnonzero((codes >= 0) & (fold_of[np.maximum(codes, 0)] == f))
+    for f, (members, groups) in enumerate(inside):
         want = [n//folds + (f < n % folds) for n in (n_genuine, n_impostor)]
-        by_person = positions[np.argsort(codes[positions], kind="stable")]
-        members = np.split(by_person, np.flatnonzero(np.diff(codes[by_person])) + 1)
-        groups = _groups(records, positions, within)
-        there = _available(members, groups, codes, per_identity)
-        for kind, w, t in zip(("genuine", "impostor"), want, there):
-            if w > t: raise DataError(f"Fold {f} of {records.name} has {t:,} different {kind} pairs and {w:,} are wanted", None, "Ask for fewer pairs or fewer folds" + (", or drop `within`" if within and kind == "impostor" else ""))
-        parts += [(*p, kind, f) for p, kind, w in ((_genuine(members, want[0], per_identity, draw), True, want[0]), (_impostor(groups, codes, want[1], draw) if want[1] else (np.zeros(0, np.int64),)*2, False, want[1])) if w]
+        for kind, w, t, total in zip(("genuine", "impostor"), want, there[f], there.sum(0)):
+            if w > t: raise DataError(f"Fold {f} of {records.name} has {t:,} different {kind} pairs and {w:,} are wanted", None, f"All folds together have {total:,}: ask for fewer pairs or fewer folds" + (", or drop `within`" if within and kind == "impostor" else ""))
+        if want[0]: parts.append((*_genuine(members, want[0], per_identity, draw), True, f))
+        if want[1]: parts.append((*_impostor(groups, codes, want[1], draw), False, f))
     left, right = (np.concatenate([p[k] for p in parts] or [np.zeros(0, np.int64)]) for k in (0, 1))
     labels, fold = (np.concatenate([np.full(len(p[0]), p[k]) for p in parts] or [np.zeros(0, int)]) for k in (2, 3))
     return Pairs(records, left, right, labels, fold, f"{records.name}, seed {seed}")
+
+def _fold_members(records:Records, codes, chosen, within): # -> members of each identity, groups for impostors
+    "The positions in one fold, by identity and by what impostors have to share."
+    positions = np.flatnonzero((codes >= 0) & chosen[np.maximum(codes, 0)])
+    by_person = positions[np.argsort(codes[positions], kind="stable")]
+    return np.split(by_person, np.flatnonzero(np.diff(codes[by_person])) + 1), _groups(records, positions, within)
 
 def _available(members, groups, codes, per_identity) -> tuple[int, int]:
     "How many genuine and impostor pairs a fold can give."
