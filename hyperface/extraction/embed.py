@@ -103,7 +103,7 @@ def _load_npz(path):
         if f"missing_{name}" in arrays: columns[name] = np.where(arrays[f"missing_{name}"], None, columns[name].astype(object))
     return arrays[found[0]], columns, dict(arrays.get("meta", []))
 
-# %% ../../nbs/21_embed.ipynb #5f5537e9
+# %% ../../nbs/21_embed.ipynb #2611e6d0
 def _save_parquet(e, path):
     "One row per face, the vector as a list of fixed length."
     import pyarrow as pa, pyarrow.parquet as pq
@@ -119,8 +119,11 @@ def _load_parquet(path):
     try: table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as e: raise DataError(f"{path} is not readable Parquet: {e}", None, "Delete it and compute it again") from e
     if "vector" not in table.column_names: raise DataError(f"{path} has no column vector", table.column_names)
-    v = np.array(table["vector"].to_pylist(), dtype=np.float32) if not pa.types.is_fixed_size_list(table["vector"].type) else \
-        table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    kind = table["vector"].type
+    try:
+        if pa.types.is_fixed_size_list(kind): v = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), kind.list_size)
+        else: v = np.array(table["vector"].to_pylist(), dtype=np.float32)
+    except (ValueError, TypeError) as e: raise DataError(f"{path}: the column vector is not one list of the same length per row", None, str(e)[:100]) from e
     meta = {k.decode().removeprefix("hyperface."): x.decode() for k, x in (table.schema.metadata or {}).items() if k.startswith(b"hyperface.")}
     return v, table.drop_columns(["vector"]).to_pandas(), meta
 
