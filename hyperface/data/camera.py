@@ -19,7 +19,7 @@ from .head import SPAN, camera, map_resolution, landmarks3d, point, radius_map, 
 from .skin import fields, gather, gauss, mix, noise, noise_tile, paint_beard, paint_brows, paint_eyes, paint_mouth, paint_skin, skin_colour, smooth, step
 from .hair import ear, glasses, hair_thickness, long_hair, paint_accessories, paint_hair, quadric
 
-# %% ../../nbs/11d_camera.ipynb #045f12f0
+# %% ../../nbs/11d_camera.ipynb #f0dbf5fd
 def lights(p:dict, turn:torch.Tensor) -> dict:
     "Direction and colour of the main light and of the surroundings, in the head frame."
     az, el = torch.deg2rad(p["light_azimuth"]), torch.deg2rad(p["light_elevation"])
@@ -30,10 +30,12 @@ def lights(p:dict, turn:torch.Tensor) -> dict:
     fill = to_head(torch.stack([-.75*az.sin(), .1 + 0*az, .75 + 0*az], -1))
     return dict(L=to_head(L), up=to_head(torch.tensor([[0., 1., 0.]]).expand(len(az), 3)), fill=fill/fill.norm(dim=0), key=warm*p["light_strength"], ambient=((2 - warm)*.5 + .5)*p["ambient"], side=L.T)
 
+# %% ../../nbs/11d_camera.ipynb #439e88dc
 def spread(light:dict, images=None) -> dict:
     "Light as something that fits pixels: (3, B, 1, 1) for whole pictures, (3, n) for chosen pixels."
     return {k: t[:, :, None, None] if images is None else t[:, images] for k, t in light.items()}
 
+# %% ../../nbs/11d_camera.ipynb #0ca5a17b
 def dot(a, b): return a[0]*b[0] + a[1]*b[1] + a[2]*b[2]
 
 WRAP, PENUMBRA = (.34, .19, .12), (.62, 1., 1.15)
@@ -74,7 +76,7 @@ def cast_shadow(radius, hit:dict, light:dict, size:int) -> torch.Tensor: # (B, H
     dark = F.avg_pool2d(F.pad(dark[:, None], (1,)*4, mode="replicate"), 3, 1)
     return 1 - F.interpolate(dark, (size, size), mode="bilinear", align_corners=False)[:, 0]
 
-# %% ../../nbs/11d_camera.ipynb #cbb41789
+# %% ../../nbs/11d_camera.ipynb #8f6d4acd
 def put(canvas:dict, layer:dict, light:dict, shadow:float=.65) -> None:
     "Light a layer of pixels and put it where it belongs in depth: in front of what is there, or behind it."
     i = layer["index"]; c = layer["cover"]
@@ -87,6 +89,7 @@ def put(canvas:dict, layer:dict, light:dict, shadow:float=.65) -> None:
     canvas["z"][i] = torch.where((ahead > .5) | ((behind > .5) & (cover < .5)), layer["z"], z)
     canvas["cover"][i] = cover + (1 - cover)*c
 
+# %% ../../nbs/11d_camera.ipynb #75da85df
 def normals(hit:dict, m:torch.Tensor) -> list: # three (B, H, W)
     "Surface normals from the slopes of the radius (chain rule through the chart)."
     inv = 1/hit["norm"].clamp(min=.05); g, h = m[:, 1]*hit["den"], m[:, 2]*hit["den"]
@@ -116,10 +119,11 @@ def head_layer(p:dict, size:int, view:int, upright:bool):
     hit.update(albedo=flat.view(3, *u.shape), gloss=gloss.view_as(u), flow=flow.view_as(u), N=normals(hit, m), hollow=m[:, 3], hair=cover, pixel=pixel)
     return hit, cam, light, maps
 
-# %% ../../nbs/11d_camera.ipynb #be64ac43
+# %% ../../nbs/11d_camera.ipynb #4c7bb239
 def _view(B):
     n = torch.rsqrt(dot(B, B)); return [t*n for t in B]
 
+# %% ../../nbs/11d_camera.ipynb #10d96f34
 def body_layers(p:dict, cam:dict, size:int, pixel, cover):
     "Neck and shoulders in a frame that follows the head only in part: two layers of the pixels that the head leaves free."
     turn = rotation(.45*p["yaw"], .15*p["pitch"], .4*p["roll"])
@@ -137,7 +141,7 @@ def body_layers(p:dict, cam:dict, size:int, pixel, cover):
     z, _, c, N = quadric(a, b, (0., -2.52, -.25), (1.9 + 0*px, 1.05, .78), px)
     return [neck, dict(common, z=z, cover=c, albedo=cloth, N=N, ao=.8 + 0*z)], turn
 
-# %% ../../nbs/11d_camera.ipynb #0ee4f244
+# %% ../../nbs/11d_camera.ipynb #f7d11597
 def compose(p:dict, size:int, view_size:int, upright:bool=True):
     "Everything with light on it, in linear RGB, over transparent background: (3, B, H, W), coverage, camera, hit."
     hit, cam, light, maps = head_layer(p, size, view_size, upright)
@@ -158,6 +162,7 @@ def compose(p:dict, size:int, view_size:int, upright:bool=True):
     image, cover = canvas["image"].view(3, *hit["z"].shape), canvas["cover"].view_as(hit["z"]).clamp(0, 1)
     return put_glasses(p, image, canvas["z"].view_as(hit["z"]), A, B, hit["pixel"], light), cover, cam, hit
 
+# %% ../../nbs/11d_camera.ipynb #1339f812
 def put_glasses(p:dict, image, z, A, B, pixel, light):
     "Frames in front of the eyes, a shadow of them on the skin, a reflection or dark glass in between."
     on = torch.nonzero(p["glasses"] > 0)[:, 0]
@@ -173,7 +178,7 @@ def put_glasses(p:dict, image, z, A, B, pixel, light):
     image[:, on] = part
     return image
 
-# %% ../../nbs/11d_camera.ipynb #19d9a893
+# %% ../../nbs/11d_camera.ipynb #a4a1b283
 def background(seed:int, kind:float, size:int) -> np.ndarray: # (H, W, 3) float32, linear 0..1
     "A blurred place: a gradient, soft shapes out of the noise tile, sometimes bright spots or upright edges."
     g = np.random.default_rng(seed); tile = noise_tile()[0, 0].numpy()
@@ -195,6 +200,7 @@ def background(seed:int, kind:float, size:int) -> np.ndarray: # (H, W, 3) float3
         out = out + np.clip((r - d)*size*.5 + .5, 0, 1)[..., None]*g.uniform(.1, .6)*np.clip(c + .3, 0, 1)
     return cv2.resize(np.clip(out, 0, 1.2).astype(np.float32), (full, full), interpolation=cv2.INTER_LINEAR)
 
+# %% ../../nbs/11d_camera.ipynb #3a06c704
 def hand(image:np.ndarray, seed:int, skin, size:int) -> np.ndarray:
     "Four fingers or a fist before the lower face: an everyday occluder."
     g = np.random.default_rng(seed); s = size*4; mask = np.zeros((s, s), np.float32); tone = np.zeros((s, s), np.float32)
@@ -207,13 +213,14 @@ def hand(image:np.ndarray, seed:int, skin, size:int) -> np.ndarray:
     mask, tone = (cv2.GaussianBlur(cv2.resize(t, (size, size), interpolation=cv2.INTER_AREA), (0, 0), max(.3, size/300)) for t in (mask, tone))
     return image + (np.asarray(skin, np.float32)*tone[..., None] - image)*mask[..., None]
 
-# %% ../../nbs/11d_camera.ipynb #51adecc7
+# %% ../../nbs/11d_camera.ipynb #146b8a48
 def develop(x:torch.Tensor) -> torch.Tensor:
     "Linear light to what a camera stores: a shoulder for the bright parts and the sRGB curve (by square roots)."
     x = (x.clamp(min=0)*(1.16/(1 + .16*x.clamp(min=0)))).clamp(max=1.)
     a = torch.sqrt(x); b = torch.sqrt(a); c = torch.sqrt(b)
     return (.662002687*a + .684122060*b - .323583601*c - .0225411470*x).clamp(0, 1)
 
+# %% ../../nbs/11d_camera.ipynb #04790ef2
 def sensor(image:np.ndarray, # (H, W, 3) float32 0..1, gamma encoded
            blur:float, noise_level:float, quality:float, # sigma in pixels at size 112; standard deviation; JPEG quality, 0 for none
            seed:int) -> np.ndarray: # (H, W, 3) uint8

@@ -152,14 +152,14 @@ def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3
         albedo[:, index] = albedo[:, index]*torch.exp(lines*torch.tensor([-.75, -1., -1.05])[:, None])
     return albedo, grain
 
-# %% ../../nbs/11b_skin.ipynb #38992f49
+# %% ../../nbs/11b_skin.ipynb #0eb5befd
 def paint_beard(p:dict, albedo, u, v, density) -> None:
     "Hair on cheeks, chin and lip, and its shadow where it is shaved; changes `albedo` (3, N) in place."
     index, q = gather((density > .06) & (p["stubble"] + p["beard"] + p["moustache"] + p["goatee"] > .04)[:, None, None], p, "skin_offset skin_offset2 mouth_y mouth_width beard_dark beard_length hair_r hair_g hair_b")
     if index is None: return
     U, V, d = u.reshape(-1)[index], v.reshape(-1)[index], density.reshape(-1)[index]
     s = noise(U*.75 + q["skin_offset2"] + .01*torch.sin(V*40), V*.22 + q["skin_offset"], 2, 3)[0]
-    d = d*smooth(((V - q["mouth_y"] + .006).abs() - .036)*(1/.018) + ((U.abs() - q["mouth_width"]*.95)*(1/.03)).clamp(min=0))
+    d = d*smooth((torch.sqrt((U/(q["mouth_width"] + .022))**2 + ((V - q["mouth_y"] + .008)*(1/.046))**2) - .88)*3.2)
     cover = smooth((d - .30 + .12*s)*2)*.93*smooth(q["beard_length"]*4)
     shadow = (d*(1/.8)).clamp(0, 1)*.36*q["beard_dark"]
     hair = torch.stack([q["hair_r"], q["hair_g"], q["hair_b"]])*(.92 + .20*s)
