@@ -63,7 +63,7 @@ class SpanSource(Source):
     def where(self, i): return f"{self.file.path} at byte {self.offsets[i]:,}"
     def encoded(self, i): return self.file.read(int(self.offsets[i]), int(self.lengths[i]))
 
-# %% ../../nbs/12a_containers.ipynb #16bc80d2
+# %% ../../nbs/12a_containers.ipynb #9176bccf
 class Span:
     "A string of bytes in the file that was not read."
     __slots__ = ("offset", "length", "kind")
@@ -79,7 +79,8 @@ class Stood:
 
 RAW, LATIN, QUOTED, ESCAPED = 0, 1, 2, 3
 BYTES = {"_codecs.encode", "__builtin__.bytearray", "builtins.bytearray"}
-ALLOWED = BYTES | {"numpy.ndarray", "numpy.dtype"} | {f"numpy.{core}.{name}" for core in ("core", "_core") for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")}
+ALLOWED = BYTES | {"numpy.ndarray", "numpy.dtype"} | {
+    f"numpy.{core}.{name}" for core in ("core", "_core") for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")}
 MAX_STEPS = 5_000_000
 
 def unescape(content:bytes, kind:int) -> bytes:
@@ -228,14 +229,17 @@ def walk_pickle(path, # the file
     walk = PickleWalk(path, max_steps)
     return _run(walk), walk.file
 
-# %% ../../nbs/12a_containers.ipynb #fd695581
+# %% ../../nbs/12a_containers.ipynb #4afa649e
 def _array_span(x, file:OpenFile) -> Span:
     "The bytes of a pickled one-dimensional array of uint8 or bool."
     try: (_, shape, dtype, _, content) = x.state if x.state is not None else (None, x.args[2], x.args[1], None, x.args[0])
     except (TypeError, ValueError, IndexError, AttributeError): raise DataError("an object that is no array of bytes") from None
     kind = dtype.args[0] if isinstance(dtype, Stood) and isinstance(dtype.args, tuple) and dtype.args else None
-    if not isinstance(kind, Span) or kind.length > 9 or kind.read(file) not in (b"u1", b"b1"): raise DataError("an array of something else than bytes")
-    if not isinstance(content, Span) or not isinstance(shape, tuple) or len(shape) != 1 or content.kind == RAW and shape[0] != content.length: raise DataError("an array that is not one row of bytes", shape if isinstance(shape, tuple) else None)
+    if not isinstance(kind, Span) or kind.length > 9 or kind.read(file) not in (b"u1", b"b1"):
+        raise DataError("an array of something else than bytes")
+    row = isinstance(content, Span) and isinstance(shape, tuple) and len(shape) == 1
+    if not row or content.kind == RAW and shape[0] != content.length:
+        raise DataError("an array that is not one row of bytes", shape if isinstance(shape, tuple) else None)
     return content
 
 def _truth(x, file) -> list[bool]:
@@ -245,7 +249,8 @@ def _truth(x, file) -> list[bool]:
     out = []
     for k, v in enumerate(x):
         if isinstance(v, Stood) and v.name.endswith("scalar") and v.args and isinstance(v.args[-1], Span) and v.args[-1].length in (1, 2): v = v.args[-1].read(file)[0]
-        if not isinstance(v, (bool, int)) or v not in (0, 1): raise DataError(f"Label {k} is neither true nor false", v if isinstance(v, (int, float)) else type(v).__name__)
+        if not isinstance(v, (bool, int)) or v not in (0, 1):
+            raise DataError(f"Label {k} is neither true nor false", v if isinstance(v, (int, float)) else type(v).__name__)
         out.append(bool(v))
     return out
 
@@ -259,15 +264,19 @@ def read_bin(path,                  # "lfw.bin"
              ) -> Records:          # columns pair and same; rows 2k and 2k+1 are pair k
     "insightface's verification sets, without running the pickle."
     value, file = walk_pickle(path)
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not isinstance(value[0], (list, tuple)): raise DataError(f"{path} is not (list of images, list of labels)", type(value).__name__)
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not isinstance(value[0], (list, tuple)):
+        raise DataError(f"{path} is not (list of images, list of labels)", type(value).__name__)
     try: same = _truth(value[1], file)
     except DataError as e: raise DataError(f"{path}: {e}") from e
-    if len(value[0]) != 2*len(same): raise DataError(f"{path} has {len(value[0])} images for {len(same)} pairs", None, "Two images belong to each pair; the file is cut off or not a verification set")
+    if len(value[0]) != 2*len(same):
+        raise DataError(f"{path} has {len(value[0])} images for {len(same)} pairs", None,
+                        "Two images belong to each pair; the file is cut off or not a verification set")
     skipped, spans, pairs = Skipped(), [], []
     for k in range(len(same)):
         try:
             two = [x if isinstance(x, Span) else _array_span(x, file) for x in value[0][2*k:2*k + 2]]
-            if any(not 0 < s.length <= MAX_IMAGE_BYTES for s in two): raise DataError(f"Images {2*k}, {2*k + 1} have {two[0].length:,} and {two[1].length:,} bytes")
+            if any(not 0 < s.length <= MAX_IMAGE_BYTES for s in two):
+                raise DataError(f"Images {2*k}, {2*k + 1} have {two[0].length:,} and {two[1].length:,} bytes")
             spans += two; pairs.append(k)
         except DataError as e: tolerate(on_error, skipped, f"{path}, pair {k}", DataError(f"{path}, pair {k}: {e}"))
     pair = np.repeat(np.array(pairs, np.int64), 2)
@@ -300,7 +309,7 @@ def write_bin(records:Records, # rows 2k and 2k+1 are pair k
         pickle.dump((list(encoded_images(records, **options)), [bool(s) for s in same]), f, protocol=4)
     return Path(path)
 
-# %% ../../nbs/12a_containers.ipynb #06612df2
+# %% ../../nbs/12a_containers.ipynb #7e7ca7ab
 MAGIC, PART = 0xced7230a, 29
 HEADER = struct.Struct("<IfQQ")                                    # flag, label, id, id2
 
@@ -311,7 +320,9 @@ def _scan_rec(file:OpenFile, skipped:Skipped, on_error:str) -> np.ndarray: # (N,
         try:
             magic, word = struct.unpack("<II", file.read(at, 8))
             part, n = word >> PART, word & (1 << PART) - 1
-            if magic != MAGIC: raise DataError(f"{file.path} at byte {at:,}: no record begins here", hex(magic), "The file is damaged; with its .idx the records behind the damage can be read")
+            if magic != MAGIC:
+                raise DataError(f"{file.path} at byte {at:,}: no record begins here", hex(magic),
+                                "The file is damaged; with its .idx the records behind the damage can be read")
             if inside_record != (part in (2, 3)) or part > 3: raise DataError(f"{file.path} at byte {at:,}: part {part} of a record is out of place")
             if at + 8 + n > file.size: raise DataError(f"{file.path} at byte {at:,}: the last record has {n:,} bytes and the file {file.size - at - 8:,} left", None, "The file is cut off; fetch it again")
         except DataError as e:
@@ -326,14 +337,20 @@ def _scan_rec(file:OpenFile, skipped:Skipped, on_error:str) -> np.ndarray: # (N,
 def _read_idx(path:Path) -> tuple[np.ndarray, np.ndarray]: # keys (N,), offsets (N,)
     "The index of a `.rec`: lines of key, offset."
     try: table = pd.read_csv(path, sep="\t", header=None, names=["key", "offset"], dtype=np.int64, comment=None)
-    except Exception as e: raise DataError(f"{path} is not an index of 'key, tab, offset' lines: {str(e)[:120]}", None, "Delete it: the index is rebuilt from the .rec") from e
+    except Exception as e:
+        raise DataError(f"{path} is not an index of 'key, tab, offset' lines: {str(e)[:120]}", None,
+                        "Delete it: the index is rebuilt from the .rec") from e
     keys, offsets = table["key"].to_numpy(), table["offset"].to_numpy()
     if not len(keys): raise DataError(f"{path} is empty, not an index", None, "Delete it: the index is rebuilt from the .rec")
-    if len(np.unique(keys)) != len(keys): raise DataError(f"{path} has a key twice", int(table["key"][table["key"].duplicated()].iloc[0]), "Delete it: the index is rebuilt from the .rec")
-    if len(np.unique(offsets)) != len(offsets): raise DataError(f"{path} has an offset twice", int(table["offset"][table["offset"].duplicated()].iloc[0]), "Delete it: the index is rebuilt from the .rec")
+    if len(np.unique(keys)) != len(keys):
+        raise DataError(f"{path} has a key twice", int(table["key"][table["key"].duplicated()].iloc[0]),
+                        "Delete it: the index is rebuilt from the .rec")
+    if len(np.unique(offsets)) != len(offsets):
+        raise DataError(f"{path} has an offset twice", int(table["offset"][table["offset"].duplicated()].iloc[0]),
+                        "Delete it: the index is rebuilt from the .rec")
     return keys, offsets
 
-# %% ../../nbs/12a_containers.ipynb #5e0e06b6
+# %% ../../nbs/12a_containers.ipynb #2de3de17
 class RecSource(SpanSource):
     "The images of a `.rec`: payloads, put together from their parts, behind their header."
     def payload(self, i:int) -> bytes:
@@ -342,7 +359,8 @@ class RecSource(SpanSource):
         while True:
             magic, word = struct.unpack("<II", self.file.read(at, 8))
             part, n = word >> PART, word & (1 << PART) - 1
-            if magic != MAGIC or part not in ((2, 3) if parts else (0, 1)): raise DataError(f"{self.file.path} at byte {at:,}: no part of a record begins here")
+            if magic != MAGIC or part not in ((2, 3) if parts else (0, 1)):
+                raise DataError(f"{self.file.path} at byte {at:,}: no part of a record begins here")
             parts.append(self.file.read(at + 8, n))
             at += 8 + (n + 3)//4*4
             if part in (0, 3): return struct.pack("<I", MAGIC).join(parts)
@@ -365,27 +383,31 @@ def _rec_headers(file:OpenFile, offsets:np.ndarray): # -> flags, labels (N, 2), 
     empty = (part == 0) & (length == HEADER.size + 4*flag) & (problem == "")
     return flag, labels.astype(np.float64), length, problem, empty
 
-# %% ../../nbs/12a_containers.ipynb #c9a73a6f
+# %% ../../nbs/12a_containers.ipynb #edc0122b
 def _lst_names(path:Path, keys:np.ndarray, labels:np.ndarray) -> pd.Series|None: # (N,) names
     "Names from a `.lst` (key, labels, path), checked against the labels in the `.rec`; None in other layouts."
     try: t = pd.read_csv(path, sep="\t", header=None, dtype="str", quoting=3, keep_default_na=False, skip_blank_lines=False)
-    except Exception as e: raise DataError(f"{path} is not a list of 'key, label, path' lines: {str(e)[:120]}", None, "Delete it: the .rec does not need it") from e
+    except Exception as e:
+        raise DataError(f"{path} is not a list of 'key, label, path' lines: {str(e)[:120]}", None, "Delete it: the .rec does not need it") from e
     if t.shape[1] < 3: raise DataError(f"{path} is not a list of 'key, label, path' lines", t.iloc[0, 0][:60], "Delete it: the .rec does not need it")
     key, told, name = pd.to_numeric(t[0], errors="coerce"), pd.to_numeric(t[1], errors="coerce"), t[t.shape[1] - 1]
     if told.isna().all(): return None                              # insightface's other layout: flag, path, label
     def refuse(bad, why):
-        if bad.any(): raise DataError(f"{path}, line {int(np.flatnonzero(bad)[0]) + 1}: {why}", " ".join(t[bad].iloc[0])[:120], "Delete it if it belongs to another .rec")
+        if bad.any():
+            raise DataError(f"{path}, line {int(np.flatnonzero(bad)[0]) + 1}: {why}", " ".join(t[bad].iloc[0])[:120],
+                            "Delete it if it belongs to another .rec")
     refuse(key.isna() | told.isna(), "not 'key, label, path'")
     refuse(key.duplicated() | name.duplicated(), "a key or a path for the second time")
     refuse(name.str.contains(r"(?:^|[\\/])\.\.(?:[\\/]|$)|^[\\/]|^$|\x00"), "a name that leads out of the folder")
     at = pd.Series(np.arange(len(t)), index=key.astype(np.int64)).reindex(keys)
-    if at.isna().any(): raise DataError(f"{path} does not list record {keys[np.flatnonzero(at.isna())[0]]}", None, "Delete it if it belongs to another .rec")
+    if at.isna().any():
+        raise DataError(f"{path} does not list record {keys[np.flatnonzero(at.isna())[0]]}", None, "Delete it if it belongs to another .rec")
     at = at.to_numpy().astype(np.int64)
     wrong = np.zeros(len(t), bool); wrong[at[told.to_numpy()[at] != labels]] = True
     refuse(wrong, "another label than in the .rec")
     return name.iloc[at].reset_index(drop=True)
 
-# %% ../../nbs/12a_containers.ipynb #326dd1f2
+# %% ../../nbs/12a_containers.ipynb #d690f515
 def read_rec(path,                 # "train.rec"; train.idx and train.lst beside it are used where they exist
              on_error:str="raise", # or "skip": damaged records are left out and listed
              ) -> Records:         # identity from the label; further labels as label_1
@@ -401,12 +423,16 @@ def read_rec(path,                 # "train.rec"; train.idx and train.lst beside
     zero = np.flatnonzero((keys == 0) & (flags >= 2) & empty)
     if len(zero):                                                  # insightface: what is a picture and what an identity
         last = labels[zero[0], 0]
-        if not (np.isfinite(last) and 1 <= last <= len(keys) + len(skipped) and last == int(last)): raise DataError(f"{path} at byte {offsets[zero[0]]:,}: record 0 says that there are {last:g} images, the index has {len(keys)}", None, "The .idx belongs to another .rec")
+        if not (np.isfinite(last) and 1 <= last <= len(keys) + len(skipped) and last == int(last)):
+            raise DataError(f"{path} at byte {offsets[zero[0]]:,}: record 0 says that there are {last:g} images, the index has {len(keys)}", None,
+                            "The .idx belongs to another .rec")
         use = (keys >= 1) & (keys < last)
     problems = np.where((problems == "") & ~np.isfinite(labels[:, 0]), "the label is not a number", problems)
-    problems = np.where((problems == "") & ((labels[:, 0] < 0) | (labels[:, 0] != np.floor(labels[:, 0])) | (labels[:, 0] >= 2**24)), "the label is not a whole number that float32 holds", problems)
+    odd = (labels[:, 0] < 0) | (labels[:, 0] != np.floor(labels[:, 0])) | (labels[:, 0] >= 2**24)
+    problems = np.where((problems == "") & odd, "the label is not a whole number that float32 holds", problems)
     for k in np.flatnonzero(use & (problems != "")):
-        tolerate(on_error, skipped, path, DataError(f"{path} at byte {offsets[k]:,} (record {keys[k]}): {problems[k]}", None, "Fetch the file again, or pass on_error='skip'"), offsets[k])
+        tolerate(on_error, skipped, path,
+                 DataError(f"{path} at byte {offsets[k]:,} (record {keys[k]}): {problems[k]}", None, "Fetch the file again, or pass on_error='skip'"), offsets[k])
     use &= problems == ""
     return _rec_table(path, file, keys[use], offsets[use], lengths[use], labels[use], skipped, on_error)
 
@@ -422,7 +448,7 @@ def _rec_table(path, file, keys, offsets, lengths, labels, skipped, on_error) ->
     if np.isfinite(labels[:, 1]).any(): columns["label_1"] = labels[:, 1].astype(np.float32)
     return Records(standard_table(columns), RecSource(file, offsets, lengths), name=path.stem, skipped=skipped)
 
-# %% ../../nbs/12a_containers.ipynb #3c1c59ed
+# %% ../../nbs/12a_containers.ipynb #889b5916
 def pack_record(content:bytes,  # a picture file, or b""
                 label,          # one number, or several
                 key:int,        # the record's number
@@ -458,14 +484,15 @@ def write_rec(records:Records, # identities must be known
         chosen = records.select(order)
         for key, (content, row) in enumerate(zip(encoded_images(chosen, **options), order), 1):
             put(key, content, codes[row])
-            lst.append(f"{key}\t{codes[row]}\t{file_name(chosen.table['image'].iloc[key - 1], chosen.table['identity'].iloc[key - 1], '.jpg' if content[:2] == bytes([255, 216]) else '.png')}\n")
+            name = file_name(chosen.table["image"].iloc[key - 1], chosen.table["identity"].iloc[key - 1], ".jpg" if content[:2] == b"\xff\xd8" else ".png")
+            lst.append(f"{key}\t{codes[row]}\t{name}\n")
         for c in range(classes): put(n + 1 + c, b"", [first[c], first[c + 1]])
     write_text(prefix.with_suffix(".idx"), "".join(idx)); write_text(prefix.with_suffix(".lst"), "".join(lst))
     h, w = chosen.pixels(0).shape[:2]
     write_text(prefix.parent/"property", f"{classes},{h},{w}")
     return prefix.with_suffix(".rec")
 
-# %% ../../nbs/12a_containers.ipynb #60d944ca
+# %% ../../nbs/12a_containers.ipynb #130f6997
 META, PAGE, NODE = struct.Struct("<IIQQ"), struct.Struct("<QHHHH"), struct.Struct("<HHHH")
 BRANCH, LEAF, OVERFLOW, BIG, SUB = 1, 2, 4, 1, 6
 
@@ -483,7 +510,8 @@ def _lmdb_root(file:OpenFile) -> tuple[int, int, int]: # page size, number of pa
         found.append((transaction, size, last + 1, root)); at += size
     if not found: raise DataError(f"{file.path} is not an LMDB data file", None, "Give the folder that holds data.mdb, or the file itself")
     _, size, pages, root = max(found)
-    if pages*size > file.size: raise DataError(f"{file.path} is cut off: it should have {pages*size:,} bytes and has {file.size:,}", None, "Fetch it again")
+    if pages*size > file.size:
+        raise DataError(f"{file.path} is cut off: it should have {pages*size:,} bytes and has {file.size:,}", None, "Fetch it again")
     return size, pages, root
 
 def walk_lmdb(path, # a folder with data.mdb, or the file
@@ -494,7 +522,8 @@ def walk_lmdb(path, # a folder with data.mdb, or the file
     todo, seen = ([] if root == 2**64 - 1 else [root]), 0
     while todo:
         number, seen = todo.pop(), seen + 1
-        if number >= pages or seen > pages: raise DataError(f"{file.path}: page {number} does not exist or is reached twice", None, "The file is damaged")
+        if number >= pages or seen > pages:
+            raise DataError(f"{file.path}: page {number} does not exist or is reached twice", None, "The file is damaged")
         yield from _lmdb_page(file, number, size, pages, todo)
 
 def _lmdb_page(file, number, size, pages, todo):
@@ -552,7 +581,7 @@ def _lmdb_value(file:OpenFile, offset:int, length:int) -> tuple[int, int, int, i
     if label < 0: raise DataError(f"label {label}")
     return offset + start, n, *feature, label
 
-# %% ../../nbs/12a_containers.ipynb #eea35869
+# %% ../../nbs/12a_containers.ipynb #268641a4
 def _special(file:OpenFile, name:str, spans:dict):
     "The value of a special key, a number; of `__keys__`, an array of bytes."
     import msgpack
@@ -583,7 +612,9 @@ def _lmdb_index(file:OpenFile): # -> keys (N,) bytes, places (N, 2) offset and l
 def _lmdb_order(file, keys:np.ndarray, spans) -> np.ndarray:
     "The positions of the keys in the order that `__keys__` lists them; `DataError` if the two differ."
     listed, said = _special(file, "__keys__", spans), _special(file, "__len__", spans)
-    if said != len(listed) or len(listed) != len(keys): raise DataError(f"{file.path}: __len__ says {said!r}, __keys__ lists {len(listed):,}, and {len(keys):,} images are there", None, "The file is damaged, or was not finished")
+    if said != len(listed) or len(listed) != len(keys):
+        raise DataError(f"{file.path}: __len__ says {said!r}, __keys__ lists {len(listed):,}, and {len(keys):,} images are there", None,
+                        "The file is damaged, or was not finished")
     if not len(keys): return np.zeros(0, np.int64)
     rank = np.argsort(keys, kind="stable")
     at = rank[np.minimum(np.searchsorted(keys, listed, sorter=rank), len(keys) - 1)]
@@ -592,7 +623,7 @@ def _lmdb_order(file, keys:np.ndarray, spans) -> np.ndarray:
     if len(np.unique(at)) != len(at): raise DataError(f"{file.path}: __keys__ lists an image twice")
     return at
 
-# %% ../../nbs/12a_containers.ipynb #fcc05937
+# %% ../../nbs/12a_containers.ipynb #9587b068
 def read_lmdb(path,                 # folder with data.mdb, or the file
               on_error:str="raise", # or "skip"
               ) -> Records:         # identity = label
@@ -611,7 +642,8 @@ def read_lmdb(path,                 # folder with data.mdb, or the file
             values[row] = value
         except (DataError, IndexError, OverflowError) as e:
             name, good[row] = keys[k].decode("latin-1"), False
-            tolerate(on_error, skipped, f"{file.path}, entry {name}", DataError(f"{file.path} at byte {places[k, 0]:,} (entry {name}): {e}"), places[k, 0])
+            tolerate(on_error, skipped, f"{file.path}, entry {name}", DataError(f"{file.path} at byte {places[k, 0]:,} (entry {name}): {e}"),
+                     places[k, 0])
     if not good.all(): values, order = values[good], order[good]
     kept = keys[order]
     names = pa.chunked_array([pa.array([k.decode("latin-1") for k in kept[a:a + 100_000]], pa.large_string()) for a in range(0, len(kept), 100_000)], pa.large_string())
@@ -619,7 +651,7 @@ def read_lmdb(path,                 # folder with data.mdb, or the file
     if values[:, 3].any(): source.features = values[:, 2:4].copy()
     return Records(standard_table(dict(image=text_column(names), identity=values[:, 4].copy())), source, name=path.stem, skipped=skipped)
 
-# %% ../../nbs/12a_containers.ipynb #ae3b12dc
+# %% ../../nbs/12a_containers.ipynb #7e62edc1
 def lmdb_features(records:Records, which=None # positions; None: all
                   ) -> np.ndarray:   # (N, D) float32
     "The feature vectors stored beside the images of a Vec2Face training set."
@@ -631,7 +663,8 @@ def lmdb_features(records:Records, which=None # positions; None: all
         content = records.source.file.read(int(offset), int(length))
         try: out.append(np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32).ravel() if content[:6] == b"\x93NUMPY" else np.frombuffer(content, "<f4"))
         except Exception as e: raise DataError(f"{records.source.where(int(row))}: the feature is damaged: {e}") from e
-        if not np.isfinite(out[-1]).all() or len(out[-1]) != len(out[0]): raise DataError(f"{records.source.where(int(row))}: the feature is not finite or of another length", len(out[-1]))
+        if not np.isfinite(out[-1]).all() or len(out[-1]) != len(out[0]):
+            raise DataError(f"{records.source.where(int(row))}: the feature is not finite or of another length", len(out[-1]))
     return np.stack(out) if out else np.zeros((0, 0), np.float32)
 
 def write_lmdb(records:Records, # identities must be known
@@ -657,13 +690,14 @@ def write_lmdb(records:Records, # identities must be known
         environment.sync(True); environment.close()
     return path
 
-# %% ../../nbs/12a_containers.ipynb #2ea1e7e0
+# %% ../../nbs/12a_containers.ipynb #513ac282
 def _zip_list(file:OpenFile) -> list[tuple]: # (name, method, crc, packed size, size, offset)
     "The central directory, entry by entry; `DataError` for what is no zip, encrypted or cut off."
     import io
     tail = file.read(max(0, file.size - 65557), min(file.size, 65557))
     at = tail.rfind(b"PK\5\6")
-    if at < 0 or at + 22 > len(tail): raise DataError(f"{file.path} has no list of contents at its end", None, "It is not a zip, or the download was cut off")
+    if at < 0 or at + 22 > len(tail):
+        raise DataError(f"{file.path} has no list of contents at its end", None, "It is not a zip, or the download was cut off")
     count, length, start = struct.unpack_from("<HII", tail, at + 10)
     if at >= 20 and tail[at - 20:at - 16] == b"PK\6\7":            # zip64
         far = file.read(struct.unpack_from("<Q", tail, at - 12)[0], 56)
@@ -671,8 +705,9 @@ def _zip_list(file:OpenFile) -> list[tuple]: # (name, method, crc, packed size, 
         count, length, start = struct.unpack_from("<QQQ", far, 32)
     listing, entries, here = file.read(start, length), [], 0
     for _ in range(count):
-        if listing[here:here + 4] != b"PK\1\2" or here + 46 > length: raise DataError(f"{file.path} at byte {start + here:,}: the list of contents is damaged")
-        flags, method, crc, packed, size, n, extra, comment, offset = *struct.unpack_from("<HH", listing, here + 8), *struct.unpack_from("<IIIHHH", listing, here + 16), struct.unpack_from("<I", listing, here + 42)[0]
+        if listing[here:here + 4] != b"PK\1\2" or here + 46 > length:
+            raise DataError(f"{file.path} at byte {start + here:,}: the list of contents is damaged")
+        flags, method, crc, packed, size, n, extra, comment, offset = struct.unpack_from("<HH4xIIIHHH8xI", listing, here + 8)
         name, more = listing[here + 46:here + 46 + n], listing[here + 46 + n:here + 46 + n + extra]
         if flags & 1: raise DataError(f"{file.path}: {name[:80]!r} is encrypted")
         if 0xFFFFFFFF in (packed, size, offset): size, packed, offset = _zip64(file, more, size, packed, offset)
@@ -712,18 +747,20 @@ def _zip_member(file, offset, packed, size, method, crc) -> bytes:
     if zlib.crc32(content) != crc: raise DataError(f"{where}: the checksum is wrong")
     return content
 
-# %% ../../nbs/12a_containers.ipynb #3490e690
+# %% ../../nbs/12a_containers.ipynb #ff487679
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 
 def _labels_of(content:bytes, where:str) -> dict[str, object]|None: # name -> number or list
     "The labels of a dataset.json; None where it says null."
     try: labels = json.loads(content)["labels"]
-    except (ValueError, KeyError, TypeError, RecursionError) as e: raise DataError(f"{where} is not a list of labels: {str(e)[:120]}", None, 'It must be {"labels": [["00000/img00000000.png", 0], ...]}') from e
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise DataError(f"{where} is not a list of labels: {str(e)[:120]}", None, 'It must be {"labels": [["00000/img00000000.png", 0], ...]}') from e
     if labels is None: return None
     if not isinstance(labels, list): raise DataError(f"{where}: labels is not a list", type(labels).__name__)
     out = {}
     for k, entry in enumerate(labels):
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)): raise DataError(f"{where}: label {k} is not [name, label]", entry)
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise DataError(f"{where}: label {k} is not [name, label]", entry)
         if entry[0] in out: raise DataError(f"{where}: two labels for one image", entry[0])
         out[entry[0]] = entry[1]
     return out
@@ -732,7 +769,8 @@ def _label_columns(labels:list, where:str) -> dict:
     "Whole numbers become `identity`, vectors a column `label`; `DataError` for a mixture, other lengths, or NaN."
     if not labels: return {}
     if all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31 for x in labels): return dict(identity=np.array(labels, np.int64))
-    if not isinstance(labels[0], list) or not all(isinstance(x, list) and len(x) == len(labels[0]) > 0 for x in labels): raise DataError(f"{where}: labels must all be whole numbers from 0, or all vectors of one length")
+    if not isinstance(labels[0], list) or not all(isinstance(x, list) and len(x) == len(labels[0]) > 0 for x in labels):
+        raise DataError(f"{where}: labels must all be whole numbers from 0, or all vectors of one length")
     try: vectors = np.array(labels, np.float32)
     except (ValueError, TypeError, OverflowError) as e: raise DataError(f"{where}: a label is not a vector of numbers: {e}") from e
     if vectors.ndim != 2: raise DataError(f"{where}: a label is not a vector of numbers", labels[0])
@@ -750,7 +788,7 @@ def vectors_of(column:pd.Series) -> np.ndarray: # (N, D) float32
     "The vectors of a table column."
     return np.stack([np.asarray(v, np.float32) for v in column]) if len(column) else np.zeros((0, 0), np.float32)
 
-# %% ../../nbs/12a_containers.ipynb #83a9d604
+# %% ../../nbs/12a_containers.ipynb #fcf7eb13
 def read_zip(path,                 # "ffhq.zip"
              on_error:str="raise", # or "skip"
              ) -> Records:         # identity from whole-number labels, column label from vectors
@@ -758,7 +796,8 @@ def read_zip(path,                 # "ffhq.zip"
     file, skipped = OpenFile(path), Skipped()
     entries = [e for e in _zip_list(file) if not e[0].endswith("/")]
     note = next((e for e in entries if e[0] == "dataset.json"), None)
-    if note and not note[4] <= max(2**20, 1000*note[3]) <= 2**40: raise DataError(f"{path}: dataset.json declares {note[4]:,} bytes for {note[3]:,} compressed ones", None, "A decompression bomb")
+    if note and not note[4] <= max(2**20, 1000*note[3]) <= 2**40:
+        raise DataError(f"{path}: dataset.json declares {note[4]:,} bytes for {note[3]:,} compressed ones", None, "A decompression bomb")
     labels = _labels_of(_zip_member(file, note[5], note[3], note[4], note[1], note[2]), f"{path}, dataset.json") if note else None
     good, end, seen = [], 0, set()
     for entry in sorted((e for e in entries if e[0].lower().endswith(IMAGE_SUFFIXES)), key=lambda e: e[5]):
@@ -770,7 +809,8 @@ def read_zip(path,                 # "ffhq.zip"
         if why: tolerate(on_error, skipped, f"{path}, {name[:100]}", DataError(f"{path} at byte {offset:,} ({name[:100]}): {why}"), offset)
         else: good.append(entry); seen.add(name)
         end = max(end, offset + 30 + packed)
-    for name in sorted(set(labels or ()) - {e[0] for e in entries}): tolerate(on_error, skipped, f"{path}, dataset.json", DataError(f"{path}: dataset.json labels {name[:100]!r}, which is not there"))
+    for name in sorted(set(labels or ()) - {e[0] for e in entries}):
+        tolerate(on_error, skipped, f"{path}, dataset.json", DataError(f"{path}: dataset.json labels {name[:100]!r}, which is not there"))
     good.sort()
     columns = {} if labels is None else _label_columns([labels[e[0]] for e in good], f"{path}, dataset.json")
     parts = [np.array([e[k] for e in good], np.int64) for k in (5, 3, 4, 1, 2)]
@@ -787,12 +827,14 @@ def write_zip(records:Records, # pictures of one square size
         if (labels < 0).any(): raise DataError("Some images have no identity", int((labels < 0).sum()), "Pass labels=None, or vectors")
     if labels is not None:
         labels = np.asarray(labels)
-        if len(labels) != len(records) or labels.ndim > 2 or not np.isfinite(labels).all(): raise DataError(f"labels must be {len(records)} whole numbers or finite vectors", labels.shape)
+        if len(labels) != len(records) or labels.ndim > 2 or not np.isfinite(labels).all():
+            raise DataError(f"labels must be {len(records)} whole numbers or finite vectors", labels.shape)
     pairs, shape = [], None
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as z:
         for i, content in enumerate(encoded_images(records, **{"format": "png", **options})):
             size = decode_image(content).shape
-            if size[0] != size[1] or shape not in (None, size): raise DataError(f"Image {i} has {size[1]}x{size[0]} pixels; StyleGAN's zip needs one square size", shape and (shape[1], shape[0]))
+            if size[0] != size[1] or shape not in (None, size):
+                raise DataError(f"Image {i} has {size[1]}x{size[0]} pixels; StyleGAN's zip needs one square size", shape and (shape[1], shape[0]))
             shape, name = size, f"{i//1000:05d}/img{i:08d}{'.jpg' if content[:2] == bytes([255, 216]) else '.png'}"
             z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content)
             if labels is not None: pairs.append([name, labels[i].tolist() if labels.ndim == 2 else int(labels[i])])

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core import ConfigError, DataError, HyperfaceError, MissingWeights, file_key, progress, read_json, write_json
 
-# %% ../../nbs/14_fetch.ipynb #550ec863
+# %% ../../nbs/14_fetch.ipynb #289977ee
 @dataclass(frozen=True)
 class Remote:
     "One file of a download."
@@ -39,10 +39,13 @@ _LFW_LISTS = (Remote("pairs.txt", (_FIGSHARE + "5976006",), "ea42330c62c92989f9d
               Remote("pairsDevTrain.txt", (_FIGSHARE + "5976012",), "1d454dada7dfeca0e7eab6f65dc4e97a6312d44cf142207be28d688be92aabfa"),
               Remote("pairsDevTest.txt", (_FIGSHARE + "5976009",), "7cb06600ea8b2814ac26e946201cdb304296262aad67d046a16a7ec85d0ff87c"))
 _STORE = "https://github.com/deepinsight/insightface/releases/download/"
-_PACKS = dict(buffalo_l="SCRFD-10G detector, ResNet-50 recogniser (WebFace600K), landmarks, gender and age", buffalo_m="SCRFD-2.5G detector, ResNet-50 recogniser, landmarks, gender and age",
-              buffalo_s="SCRFD-500M detector, MobileFaceNet recogniser, landmarks, gender and age", buffalo_sc="SCRFD-500M detector and MobileFaceNet recogniser, 15 MB", antelopev2="SCRFD-10G detector, ResNet-100 recogniser (Glint360K)")
+_PACKS = dict(buffalo_l="SCRFD-10G detector, ResNet-50 recogniser (WebFace600K), landmarks, gender and age",
+              buffalo_m="SCRFD-2.5G detector, ResNet-50 recogniser, landmarks, gender and age",
+              buffalo_s="SCRFD-500M detector, MobileFaceNet recogniser, landmarks, gender and age",
+              buffalo_sc="SCRFD-500M detector and MobileFaceNet recogniser, 15 MB",
+              antelopev2="SCRFD-10G detector, ResNet-100 recogniser (Glint360K)")
 
-# %% ../../nbs/14_fetch.ipynb #4304606e
+# %% ../../nbs/14_fetch.ipynb #110bef8d
 def _offers() -> dict[str, Offer]:
     "The list."
     offers = [
@@ -56,10 +59,12 @@ def _offers() -> dict[str, Offer]:
     ask = [("utkface", "UTKFace, 23,708 photographs with age, gender, ethnicity", "non-commercial research only", "https://susanqq.github.io/UTKFace/"),
            ("agedb", "AgeDB, 16,488 photographs with identity, age, gender", "non-commercial research, by agreement", "https://ibug.doc.ic.ac.uk/resources/agedb/"),
            ("digiface", "DigiFace-1M, 1.22 million rendered faces", "Microsoft's research licence, non-commercial", "https://github.com/microsoft/DigiFace1M"),
-           ("casia", "CASIA-WebFace, 0.49 million photographs of 10,572 people", "non-commercial research; prepared copies in insightface's data set list", "https://github.com/deepinsight/insightface/tree/master/recognition/_datasets_"),
+           ("casia", "CASIA-WebFace, 0.49 million photographs of 10,572 people", "non-commercial research; prepared copies in insightface's data set list",
+            "https://github.com/deepinsight/insightface/tree/master/recognition/_datasets_"),
            ("bupt", "BUPT-Balancedface, 1.3 million photographs in four groups", "non-commercial research, by agreement", "http://www.whdeng.cn/RFW/Trainingdataste.html"),
            ("hsface", "HSFace10K ... 300K, made by Vec2Face", "see its data card", "https://github.com/HaiyuWu/Vec2Face"),
-           ("fer2013", "FER2013, 35,887 faces with seven expressions", "public challenge set, by an account", "https://www.kaggle.com/c/challenges-in-representation-learning-facial-expression-recognition-challenge"),
+           ("fer2013", "FER2013, 35,887 faces with seven expressions", "public challenge set, by an account",
+            "https://www.kaggle.com/c/challenges-in-representation-learning-facial-expression-recognition-challenge"),
            ("ckplus", "CK+, posed expressions of 118 people", "by agreement with the University of Pittsburgh", "http://www.jeffcohn.net/Resources/")]
     offers += [Offer(name, what, licence, (), url) for name, what, licence, url in ask]
     return {o.name: o for o in offers}
@@ -71,7 +76,7 @@ def available() -> pd.DataFrame:
     check = lambda o: "ask its authors" if o.ask else "SHA-256" if all(f.sha256 for f in o.files) else "trusted on first use"
     return pd.DataFrame([(o.name, o.what, o.licence, check(o)) for o in OFFERS.values()], columns=["name", "what", "licence", "checked by"])
 
-# %% ../../nbs/14_fetch.ipynb #a032892a
+# %% ../../nbs/14_fetch.ipynb #01e2dcbc
 BLOCK, TRIES, TIMEOUT = 1 << 18, 4, 30    # bytes, connections, seconds without a byte
 MAX_DOWNLOAD = 50*2**30                   # a server that never stops is stopped here
 
@@ -100,16 +105,18 @@ def _begin(response, start:int) -> tuple[int, int|None]: # where the answer star
     length = int(length) if length and length.isdigit() else None
     if response.status != 206: return 0, length
     found = re.match(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    if not found or int(found[1]) != start: raise DataError("The server answers with another part than was asked for", response.headers.get("Content-Range"))
+    if not found or int(found[1]) != start:
+        raise DataError("The server answers with another part than was asked for", response.headers.get("Content-Range"))
     return start, int(found[2]) if found[2] != "*" else None if length is None else start + length
 
-# %% ../../nbs/14_fetch.ipynb #372e3757
+# %% ../../nbs/14_fetch.ipynb #d17ccc82
 def _attempt(url:str, f, part:Path) -> None:
     "One connection: append what comes to the open `.part`; an error if it ends early."
     note = part.with_suffix(".tag")
     start, tag = f.seek(0, 2), note.read_text() if note.exists() else None
     with _request(url, start, tag) as response:
-        if url.startswith("https:") and not response.url.startswith("https:"): raise DataError(f"{url} leads to an address without encryption", response.url)
+        if url.startswith("https:") and not response.url.startswith("https:"):
+            raise DataError(f"{url} leads to an address without encryption", response.url)
         at, total = _begin(response, start)
         if at != start: f.truncate(0)
         strong = response.headers.get("ETag", "")
@@ -121,7 +128,8 @@ def _attempt(url:str, f, part:Path) -> None:
             bar.update(at)
             while block := response.read(BLOCK):
                 f.write(block); bar.update(len(block)); at += len(block)
-                if at > (MAX_DOWNLOAD if total is None else total): raise DataError(f"{url} sends more than {MAX_DOWNLOAD if total is None else total:,} bytes")
+                if at > (MAX_DOWNLOAD if total is None else total):
+                    raise DataError(f"{url} sends more than {MAX_DOWNLOAD if total is None else total:,} bytes")
         f.flush()
         if total is not None and at < total: raise ConnectionError(f"the connection ended after {at:,} of {total:,} bytes")
 
@@ -133,7 +141,9 @@ def _transfer(url:str, part:Path, tries:int, wait:float) -> None:
             try: return _attempt(url, f, part)
             except urllib.error.HTTPError as e:
                 if e.code == 416 and before: f.truncate(0); continue            # the rest of nothing: start again
-                if e.code < 500 or k == tries - 1: raise DataError(f"{url} answers {e.code} {e.reason}", None, "The address may have moved; see its web page" if e.code < 500 else "Try again later") from e
+                if e.code < 500 or k == tries - 1:
+                    raise DataError(f"{url} answers {e.code} {e.reason}", None,
+                                    "The address may have moved; see its web page" if e.code < 500 else "Try again later") from e
             except OSError as e:
                 if e.errno == 28: raise DataError(f"No space left on the disk for {part.stem}", None, "Free some space and run it again; what has arrived is kept") from e
                 if k == tries - 1: raise DataError(f"{url} cannot be fetched: {getattr(e, 'reason', None) or e}", None, f"Without a network, fetch it elsewhere and put it at {part.with_suffix('')}; run again to resume") from e
@@ -143,7 +153,7 @@ def _transfer(url:str, part:Path, tries:int, wait:float) -> None:
             time.sleep(wait*2**k)
         raise DataError(f"{url} could not be fetched in {tries} tries", None, "Run again to resume")
 
-# %% ../../nbs/14_fetch.ipynb #8fa72f3f
+# %% ../../nbs/14_fetch.ipynb #fc2a3c4f
 def download(url,                      # address, or several to try in order
              path,                     # the final file
              sha256:str|None=None,     # 64 hexadecimal digits; None accepts what comes
@@ -167,11 +177,12 @@ def download(url,                      # address, or several to try in order
     if sha256 is not None and found != sha256:
         size = part.stat().st_size
         part.unlink()
-        raise DataError(f"{path.name} from {u} is not the file it should be: SHA-256 {found} instead of {sha256} ({size:,} bytes)", None, "It was deleted. Try again; if it stays so, the file was changed at its source")
+        raise DataError(f"{path.name} from {u} is not the file it should be: SHA-256 {found} instead of {sha256} ({size:,} bytes)", None,
+                        "It was deleted. Try again; if it stays so, the file was changed at its source")
     os.replace(part, path)
     return found
 
-# %% ../../nbs/14_fetch.ipynb #03bc6f12
+# %% ../../nbs/14_fetch.ipynb #d51ce458
 MAX_UNPACKED = 50*2**30
 
 def _entries(archive:Path):
@@ -196,12 +207,15 @@ def unpack(archive, # .zip, .tgz, .tar
         handle, entries = _entries(archive)
         with handle:
             for name, size, kind in entries:
-                if kind == "link": raise DataError(f"{archive.name} holds a link or device", name[:100], "Archives of images and models hold files only")
+                if kind == "link":
+                    raise DataError(f"{archive.name} holds a link or device", name[:100], "Archives of images and models hold files only")
                 if name.startswith(("/", "\\")) or ".." in re.split(r"[\\/]", name) or ":" in name: raise DataError(f"{archive.name} holds a name that leads out of the folder", name[:100], "The archive is hostile; delete it")
             total = sum(size for _, size, _ in entries)
-            if total > max_bytes: raise DataError(f"{archive.name} would unpack to {total/2**30:,.0f} GiB", None, "A decompression bomb, or raise max_bytes")
+            if total > max_bytes:
+                raise DataError(f"{archive.name} would unpack to {total/2**30:,.0f} GiB", None, "A decompression bomb, or raise max_bytes")
             temporary.mkdir(parents=True)
-            if total > shutil.disk_usage(temporary).free: raise DataError(f"No space to unpack {archive.name}: {total/1e6:,.0f} MB", None, "Free some space")
+            if total > shutil.disk_usage(temporary).free:
+                raise DataError(f"No space to unpack {archive.name}: {total/1e6:,.0f} MB", None, "Free some space")
             handle.extractall(temporary) if isinstance(handle, zipfile.ZipFile) else handle.extractall(temporary, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         return _settle(temporary, folder)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, NotImplementedError, ValueError) as e:
@@ -219,7 +233,7 @@ def _settle(temporary:Path, folder:Path) -> Path:
     os.replace(source, folder)
     return folder
 
-# %% ../../nbs/14_fetch.ipynb #f3bf0f30
+# %% ../../nbs/14_fetch.ipynb #9c0c6594
 def _checked_sum(folder:Path, file:Remote) -> str|None:
     "The checksum that a file must have: the known one, or what the first download had."
     if file.sha256: return file.sha256
@@ -260,7 +274,9 @@ def fetch(name:str,               # one of `available()`
     if name not in OFFERS: raise ConfigError("Nothing of this name can be fetched", name, f"There are: {', '.join(OFFERS)}")
     offer, folder = OFFERS[name], Path(folder).expanduser()
     say(f"{offer.name}: {offer.what}\nTerms: {offer.licence}")
-    if offer.ask: raise MissingWeights(f"{offer.name} cannot be fetched by a program", None, f"Ask at {offer.ask}, unpack it into {folder} and set HYPERFACE_DATA to the folder above ({offer.licence})")
+    if offer.ask:
+        raise MissingWeights(f"{offer.name} cannot be fetched by a program", None,
+                             f"Ask at {offer.ask}, unpack it into {folder} and set HYPERFACE_DATA to the folder above ({offer.licence})")
     if folder.exists() and not folder.is_dir(): raise DataError(f"{folder} is a file", None, "Name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     for file in offer.files: _fetch_file(folder, file, base_url, keep, tries, wait, say)

@@ -19,7 +19,7 @@ from .containers import IMAGE_SUFFIXES, _label_columns, _labels_of, read_bin, re
 from .images import read_file
 from .records import FileSource, Records, Skipped, standard_table, text_column, tolerate
 
-# %% ../../nbs/12_formats.ipynb #c95eb2b0
+# %% ../../nbs/12_formats.ipynb #fc2f0dfb
 MAX_DEPTH = 6
 
 def _children(folder:str, base:str, skipped:Skipped, on_error:str) -> tuple[list[str], list[str]]:
@@ -30,9 +30,11 @@ def _children(folder:str, base:str, skipped:Skipped, on_error:str) -> tuple[list
     for entry in entries:
         if entry.name.startswith((".", "__MACOSX")): continue
         if not entry.name.isascii() and any("\ud800" <= c <= "\udfff" for c in entry.name):
-            tolerate(on_error, skipped, repr(entry.path), DataError(f"A file name in {folder!r} is not UTF-8", os.fsencode(entry.name), "Rename it")); continue
+            tolerate(on_error, skipped, repr(entry.path),
+                     DataError(f"A file name in {folder!r} is not UTF-8", os.fsencode(entry.name), "Rename it")); continue
         if entry.is_symlink() and not os.path.join(os.path.realpath(entry.path), "").startswith(os.path.join(base, "")):
-            tolerate(on_error, skipped, entry.path, DataError(f"{entry.path} is a link that leads out of the folder", None, "Copy the files instead of linking them")); continue
+            tolerate(on_error, skipped, entry.path,
+                     DataError(f"{entry.path} is a link that leads out of the folder", None, "Copy the files instead of linking them")); continue
         if entry.is_dir(): folders.append(entry.name)
         elif entry.name.lower().endswith(IMAGE_SUFFIXES): files.append(entry.name)
     return sorted(files), sorted(folders)
@@ -55,7 +57,7 @@ def walk_images(root,                  # a folder
         todo += [(f"{inner}/{f}" if inner else f, depth + 1) for f in reversed(folders)]
     return pa.chunked_array([*chunks, pa.array(names, pa.large_string())])
 
-# %% ../../nbs/12_formats.ipynb #647ade9f
+# %% ../../nbs/12_formats.ipynb #7fec482e
 def fields_of(names,        # Arrow strings, N paths
               pattern:str,  # regular expression with named groups
               habit:str,    # the habit in words, for the message
@@ -69,7 +71,8 @@ def fields_of(names,        # Arrow strings, N paths
     fits = pc.is_valid(parts)
     if not pc.all(fits, min_count=0).as_py():
         for name in names.filter(pc.invert(fits)).to_pylist():
-            tolerate(on_error, skipped, f"{root}/{name}", DataError(f"{root}/{name} is not named {habit}", None, "Another format, or a stray file; on_error='skip' leaves it out"))
+            tolerate(on_error, skipped, f"{root}/{name}",
+                     DataError(f"{root}/{name} is not named {habit}", None, "Another format, or a stray file; on_error='skip' leaves it out"))
         names, parts = names.filter(fits), parts.filter(fits)
     parts = parts.combine_chunks()
     return names, {parts.type.field(i).name: parts.field(i) for i in range(parts.type.num_fields)}
@@ -91,11 +94,12 @@ def numbers(array) -> np.ndarray: # (N,) float64
 
 def _folder_records(root, names, columns, skipped, name=None) -> Records:
     "Records of files in a folder."
-    if not len(names): raise DataError(f"{root} holds no pictures of this kind", None, f"Expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ...")
+    if not len(names):
+        raise DataError(f"{root} holds no pictures of this kind", None, f"Expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ...")
     table = standard_table(dict(image=text_column(names), **columns))
     return Records(table, FileSource(root, table["image"]), name=name or Path(root).name, skipped=skipped)
 
-# %% ../../nbs/12_formats.ipynb #a3f41a81
+# %% ../../nbs/12_formats.ipynb #c8622186
 def read_folder(root,                 # folder of folders
                 on_error:str="raise", # or "skip"
                 ) -> Records:         # identity = folder
@@ -113,11 +117,12 @@ def read_bupt(root,                 # folder with African, Asian, Caucasian, Ind
               ) -> Records:         # identity = group/folder, ethnicity
     "BUPT-Balancedface and RFW: group / identity / picture."
     skipped = Skipped()
-    names, parts = fields_of(walk_images(root, on_error, skipped), r"^(?:.*/)?(?P<identity>(?P<group>(?i:African|Asian|Caucasian|Indian))/[^/]+)/[^/]+$", "African|Asian|Caucasian|Indian/identity/picture", root, on_error, skipped)
+    pattern = r"^(?:.*/)?(?P<identity>(?P<group>(?i:African|Asian|Caucasian|Indian))/[^/]+)/[^/]+$"
+    names, parts = fields_of(walk_images(root, on_error, skipped), pattern, "African|Asian|Caucasian|Indian/identity/picture", root, on_error, skipped)
     group = words(parts["group"]); group = group.map({c: BUPT_GROUPS[c.lower()] for c in group.cat.categories}).astype("category")
     return _folder_records(root, names, dict(identity=words(parts["identity"]), ethnicity=group), skipped)
 
-# %% ../../nbs/12_formats.ipynb #68a52d90
+# %% ../../nbs/12_formats.ipynb #0d5ba060
 def _inner_folder(root, candidates) -> Path:
     "The folder of images: `root` itself, or one of the usual names in it."
     return next((Path(root)/c for c in candidates if (Path(root)/c).is_dir()), Path(root))
@@ -138,15 +143,18 @@ def read_lfw(root,                 # folder with Name/Name_0001.jpg, or the fold
              ) -> Records:         # identity, and gender where the lists are there
     "Labeled Faces in the Wild, in any of its alignments."
     skipped, inner = Skipped(), _inner_folder(root, ("lfw112", "lfw", "lfw-deepfunneled", "lfw_funneled", "lfw_home/lfw_funneled"))
-    names, parts = fields_of(walk_images(inner, on_error, skipped), r"^(?P<identity>[^/]+)/(?P<again>[^/]+)_(?P<number>\d{4})\.\w+$", "Name/Name_0001.jpg", inner, on_error, skipped)
+    pattern = r"^(?P<identity>[^/]+)/(?P<again>[^/]+)_(?P<number>\d{4})\.\w+$"
+    names, parts = fields_of(walk_images(inner, on_error, skipped), pattern, "Name/Name_0001.jpg", inner, on_error, skipped)
     import pyarrow.compute as pc
     same = pc.equal(parts["identity"], parts["again"])
-    for name in names.filter(pc.invert(same)).to_pylist(): tolerate(on_error, skipped, f"{inner}/{name}", DataError(f"{inner}/{name} lies in the folder of somebody else", None, "on_error='skip' leaves it out"))
+    for name in names.filter(pc.invert(same)).to_pylist():
+        tolerate(on_error, skipped, f"{inner}/{name}",
+                 DataError(f"{inner}/{name} lies in the folder of somebody else", None, "on_error='skip' leaves it out"))
     names, columns = names.filter(same), dict(identity=words(parts["identity"].filter(same)))
     gender = _listed_gender({Path(root), inner}, names)
     return _folder_records(inner, names, columns if gender is None else {**columns, "gender": gender}, skipped, "lfw")
 
-# %% ../../nbs/12_formats.ipynb #85f9bedb
+# %% ../../nbs/12_formats.ipynb #163a6e2b
 UTK_RACES = ("white", "black", "asian", "indian", "other")
 
 def read_utkface(root,                 # folder of pictures
@@ -154,8 +162,10 @@ def read_utkface(root,                 # folder of pictures
                  ) -> Records:         # age, gender, ethnicity; no identity
     "UTKFace: [age]_[gender]_[race]_[date&time].jpg."
     skipped, inner = Skipped(), _inner_folder(root, ("images", "UTKFace", "utkcropped", "crop_part1"))
-    names, parts = fields_of(walk_images(inner, on_error, skipped), r"(?:^|/)(?P<age>\d{1,3})_(?P<gender>[01])_(?P<race>[0-4])_\d{8,20}\.[\w.]+$", "age_gender_race_date.jpg with gender 0-1 and race 0-4", inner, on_error, skipped)
-    columns = dict(age=numbers(parts["age"]), gender=np.array(["male", "female"])[numbers(parts["gender"]).astype(int)], ethnicity=np.array(UTK_RACES)[numbers(parts["race"]).astype(int)])
+    pattern = r"(?:^|/)(?P<age>\d{1,3})_(?P<gender>[01])_(?P<race>[0-4])_\d{8,20}\.[\w.]+$"
+    names, parts = fields_of(walk_images(inner, on_error, skipped), pattern, "age_gender_race_date.jpg with gender 0-1 and race 0-4", inner, on_error, skipped)
+    columns = dict(age=numbers(parts["age"]), gender=np.array(["male", "female"])[numbers(parts["gender"]).astype(int)],
+                   ethnicity=np.array(UTK_RACES)[numbers(parts["race"]).astype(int)])
     return _folder_records(inner, names, columns, skipped, "utkface")
 
 def read_agedb(root,                 # folder of pictures
@@ -163,10 +173,11 @@ def read_agedb(root,                 # folder of pictures
                ) -> Records:         # identity, age, gender
     "AgeDB: [number]_[Name]_[age]_[m|f].jpg."
     skipped, inner = Skipped(), _inner_folder(root, ("AgeDB", "agedb"))
-    names, parts = fields_of(walk_images(inner, on_error, skipped), r"(?:^|/)\d+_(?P<identity>[^/]+)_(?P<age>\d{1,3})_(?P<gender>[mfMF])\.\w+$", "number_Name_age_gender.jpg", inner, on_error, skipped)
+    pattern = r"(?:^|/)\d+_(?P<identity>[^/]+)_(?P<age>\d{1,3})_(?P<gender>[mfMF])\.\w+$"
+    names, parts = fields_of(walk_images(inner, on_error, skipped), pattern, "number_Name_age_gender.jpg", inner, on_error, skipped)
     return _folder_records(inner, names, dict(identity=words(parts["identity"]), age=numbers(parts["age"]), gender=words(parts["gender"])), skipped, "agedb")
 
-# %% ../../nbs/12_formats.ipynb #6400fffb
+# %% ../../nbs/12_formats.ipynb #74cde0d1
 def read_digiface(root,                 # folder of unpacked archives, or of subjects
                   on_error:str="raise", # or "skip"
                   ) -> Records:         # identity = subject number; split "72" or "5" where the archives tell
@@ -179,12 +190,14 @@ def read_digiface(root,                 # folder of unpacked archives, or of sub
     import pyarrow.compute as pc
     bound = lambda key, default: numbers(pc.if_else(pc.equal(parts[key], ""), str(default), parts[key]))
     wrong = (subject < bound("low", 0)) | (subject > bound("high", 10**9)) | (numbers(parts["number"]) >= bound("per", 10**6))
-    for name in names.filter(wrong).to_pylist(): tolerate(on_error, skipped, f"{root}/{name}", DataError(f"{root}/{name} lies outside the range that its archive names", None, "Unpack each archive into a folder of its own"))
+    for name in names.filter(wrong).to_pylist():
+        tolerate(on_error, skipped, f"{root}/{name}",
+                 DataError(f"{root}/{name} lies outside the range that its archive names", None, "Unpack each archive into a folder of its own"))
     split = words(parts["per"].filter(~wrong))
     columns = dict(identity=subject[~wrong]) if "" in split.cat.categories else dict(identity=subject[~wrong], split=split)
     return _folder_records(root, names.filter(~wrong), columns, skipped, "digiface")
 
-# %% ../../nbs/12_formats.ipynb #f00bad30
+# %% ../../nbs/12_formats.ipynb #1915085d
 EXPRESSIONS = dict(anger="anger", angry="anger", contempt="contempt", disgust="disgust", disgusted="disgust", fear="fear", fearful="fear", happy="happy", happiness="happy",
                    neutral="neutral", sad="sad", sadness="sad", surprise="surprise", surprised="surprise")
 
@@ -197,7 +210,9 @@ def read_expressions(root,                 # folder of expressions, or of train 
     names, parts = fields_of(walk_images(root, on_error, skipped), pattern, "[train|test/]expression/picture", root, on_error, skipped)
     word = words(parts["expression"])
     known = word.isin([c for c in word.cat.categories if c.lower() in EXPRESSIONS]).to_numpy()
-    for name in names.filter(~known).to_pylist(): tolerate(on_error, skipped, f"{root}/{name}", DataError(f"{root}/{name}: the folder is no expression", name.split("/")[-2], f"Known: {', '.join(EXPRESSIONS)}"))
+    for name in names.filter(~known).to_pylist():
+        tolerate(on_error, skipped, f"{root}/{name}",
+                 DataError(f"{root}/{name}: the folder is no expression", name.split("/")[-2], f"Known: {', '.join(EXPRESSIONS)}"))
     word = word[known].reset_index(drop=True).cat.remove_unused_categories()
     columns = dict(expression=word.map({c: EXPRESSIONS[c.lower()] for c in word.cat.categories}).astype("category"))
     for column, key in (("split", "split"), ("identity", "subject")):
@@ -220,7 +235,7 @@ def read_labelled_folder(root,                 # folder with dataset.json
     kept = [n for n, k in zip(listed, known) if k]
     return _folder_records(root, names.filter(known), _label_columns([labels[n] for n in kept], str(where)), skipped)
 
-# %% ../../nbs/12_formats.ipynb #f0aa742e
+# %% ../../nbs/12_formats.ipynb #6ae60aa4
 READERS = {
     "native":      (Records.load,         "folder with records.parquet, written by Records.save"),
     "folder":      (read_folder,          "one folder per identity: CASIA-WebFace, VGGFace2, Glint as images"),
@@ -237,6 +252,7 @@ READERS = {
     "lmdb":        (read_lmdb,            "HSFace, Vec2Face"),
 }
 
+# %% ../../nbs/12_formats.ipynb #bf551a4d
 def _first_names(root, n=200) -> list[str]:
     "Some relative names below a folder: enough to recognise a habit, at most three levels and a few folders."
     out, todo = [], [("", 0)]
@@ -260,10 +276,12 @@ def detect_format(path # file or folder
         if any(path.glob(file)): return kind
     names = _first_names(path)
     share = lambda pattern: np.mean([bool(re.search(pattern, n)) for n in names]) if names else 0
-    habits = dict(utkface=r"(^|/)\d{1,3}_[01]_[0-4]_\d{8,}\.", agedb=r"(^|/)\d+_[^/]+_\d{1,3}_[mf]\.\w+$", lfw=r"(^|/)([^/]+)/\2_\d{4}\.\w+$", digiface=r"(^|/)subjects_\d+-\d+_\d+_imgs/\d+/\d+\.",
+    habits = dict(utkface=r"(^|/)\d{1,3}_[01]_[0-4]_\d{8,}\.", agedb=r"(^|/)\d+_[^/]+_\d{1,3}_[mf]\.\w+$",
+                  lfw=r"(^|/)([^/]+)/\2_\d{4}\.\w+$", digiface=r"(^|/)subjects_\d+-\d+_\d+_imgs/\d+/\d+\.",
                   bupt=r"(?i)(^|/)(African|Asian|Caucasian|Indian)/[^/]+/[^/]+$", expressions=rf"(?i)(^|/)({'|'.join(EXPRESSIONS)})/[^/]+$")
     return next((kind for kind, pattern in habits.items() if share(pattern) > .5), "folder")
 
+# %% ../../nbs/12_formats.ipynb #3e252eea
 def read_dataset(path,                 # file or folder
                  format:str|None=None, # a key of READERS; None recognises it
                  on_error:str="raise", # or "skip": damaged and misnamed entries are listed in .skipped
@@ -275,7 +293,8 @@ def read_dataset(path,                 # file or folder
     if kind not in READERS: raise ConfigError("format must be one of " + ", ".join(READERS), kind)
     if on_error not in ("raise", "skip"): raise ConfigError("on_error must be raise or skip", on_error)
     if kind == "native": records = Records.load(path.parent if path.is_file() else path)
-    elif kind == "rec": records = read_rec(min(path.glob("*.rec"), key=lambda p: (p.name != "train.rec", p.name), default=path/"train.rec") if path.is_dir() else path.with_suffix(".rec"), on_error)
+    elif kind == "rec":
+        records = read_rec(min(path.glob("*.rec"), key=lambda p: (p.name != "train.rec", p.name), default=path/"train.rec") if path.is_dir() else path.with_suffix(".rec"), on_error)
     else: records = READERS[kind][0](path, on_error)
     records.format = kind
     return records.readable(on_error) if check else records

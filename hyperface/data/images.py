@@ -140,7 +140,7 @@ def image_size(source,             # bytes of a picture file, or its path
     except Exception as e: raise DataError(f"{name or 'picture'} is not a picture: {e}") from e
     return h, w
 
-# %% ../../nbs/10a_images.ipynb #e17f6e9c
+# %% ../../nbs/10a_images.ipynb #0e9d13c6
 def fit_image(image, # (H, W, 3) uint8
               size,  # pixels of a side, or (height, width)
               ) -> np.ndarray: # (height, width, 3) uint8
@@ -162,7 +162,8 @@ def encode_image(image,             # (H, W, 3) uint8 RGB
     "A picture file in memory."
     import cv2
     image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape: raise DataError("image must be (H, W, 3) uint8", (image.shape, str(image.dtype)))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise DataError("image must be (H, W, 3) uint8", (image.shape, str(image.dtype)))
     kind = {"png": ".png", "jpg": ".jpg", "jpeg": ".jpg"}.get(format.lower().lstrip("."))
     if kind is None: raise DataError("format must be png or jpg", format)
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if kind == ".jpg" else [cv2.IMWRITE_PNG_COMPRESSION, 3]

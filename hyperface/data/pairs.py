@@ -20,7 +20,7 @@ from .images import fit_image, read_file
 from .records import Records, Skipped, row_positions, tolerate
 from ..style import face_grid
 
-# %% ../../nbs/13_pairs.ipynb #38535129
+# %% ../../nbs/13_pairs.ipynb #34f1cbc2
 class Pairs:
     "Pairs of images in `records`: positions left and right, labels, folds."
     def __init__(self, records:Records, # what the positions refer to
@@ -33,17 +33,21 @@ class Pairs:
                  ):
         left, right, labels = (np.asarray(x) for x in (left, right, labels))
         folds = np.zeros(len(left), np.int64) if folds is None else np.asarray(folds)
-        if not len(left) == len(right) == len(labels) == len(folds): raise DataError("left, right, labels and folds must have one length", tuple(map(len, (left, right, labels, folds))))
-        if not np.isin(labels, (0, 1)).all(): raise DataError("labels must be true (genuine) or false (impostor)", labels[~np.isin(labels, (0, 1))][0])
+        if not len(left) == len(right) == len(labels) == len(folds):
+            raise DataError("left, right, labels and folds must have one length", tuple(map(len, (left, right, labels, folds))))
+        if not np.isin(labels, (0, 1)).all():
+            raise DataError("labels must be true (genuine) or false (impostor)", labels[~np.isin(labels, (0, 1))][0])
         if len(folds) and (folds.dtype.kind not in "iu" or folds.min() < 0): raise DataError("folds must be whole numbers from 0", folds.min())
         for side in (left, right):
-            if len(side) and (side.dtype.kind not in "iu" or side.min() < 0 or side.max() >= len(records)): raise DataError(f"positions must lie in 0..{len(records) - 1}", (side.min(), side.max()))
+            if len(side) and (side.dtype.kind not in "iu" or side.min() < 0 or side.max() >= len(records)):
+                raise DataError(f"positions must lie in 0..{len(records) - 1}", (side.min(), side.max()))
         self.records, self.name, self.skipped = records, name, Skipped() if skipped is None else skipped
         self.left, self.right, self.labels, self.folds = left.astype(np.int64), right.astype(np.int64), labels.astype(bool), folds.astype(np.int64)
     def __len__(self): return len(self.labels)
     def __repr__(self):
         n = len(np.unique(self.folds))
-        return f"{self.name}: {len(self):,} pairs, {int(self.labels.sum()):,} genuine and {int((~self.labels).sum()):,} impostor" + (f", {n} folds" if n > 1 else "") + (f"; {len(self.skipped)} skipped" if self.skipped else "")
+        text = f"{self.name}: {len(self):,} pairs, {int(self.labels.sum()):,} genuine and {int((~self.labels).sum()):,} impostor"
+        return text + (f", {n} folds" if n > 1 else "") + (f"; {len(self.skipped)} skipped" if self.skipped else "")
     def _ipython_display_(self): show_pairs(self)
     @property
     def used(self) -> np.ndarray: # (M,) sorted positions
@@ -62,7 +66,8 @@ class Pairs:
                ) -> np.ndarray: # (P,) cosines, higher = same person
         "Cosine of each pair."
         x = np.asarray(embeddings)
-        if x.ndim != 2 or len(x) != len(self.records): raise DataError(f"embeddings must have one row for each of the {len(self.records)} images", x.shape)
+        if x.ndim != 2 or len(x) != len(self.records):
+            raise DataError(f"embeddings must have one row for each of the {len(self.records)} images", x.shape)
         return np.concatenate([np.einsum("ij,ij->i", x[self.left[k:k + 8192]], x[self.right[k:k + 8192]], dtype=np.float64) for k in range(0, max(len(self), 1), 8192)])
 
 # %% ../../nbs/13_pairs.ipynb #455dbe36
@@ -81,7 +86,7 @@ def show_pairs(pairs:Pairs) -> None:
     display({"text/plain": repr(pairs), "text/html": f"<p>{pairs!r}</p>"}, raw=True)
     if len(pairs) and not pairs.records.hidden: display(pair_sheet(pairs))
 
-# %% ../../nbs/13_pairs.ipynb #ee0a643a
+# %% ../../nbs/13_pairs.ipynb #c5a43f29
 def _image_lookup(records:Records) -> dict[str, int]:
     "Positions by image name without suffix."
     stems = records.table["image"].str.replace(r"\.\w{2,5}$", "", regex=True)
@@ -90,7 +95,8 @@ def _image_lookup(records:Records) -> dict[str, int]:
 def _lfw_header(first:str, path) -> tuple[int, int]: # folds, pairs of each kind per fold
     "The first line of a pairs file."
     numbers = first.split()
-    if len(numbers) not in (1, 2) or not all(x.isdigit() and int(x) > 0 for x in numbers): raise DataError(f"{path}, line 1: expected 'folds pairs' or 'pairs'", first[:60])
+    if len(numbers) not in (1, 2) or not all(x.isdigit() and int(x) > 0 for x in numbers):
+        raise DataError(f"{path}, line 1: expected 'folds pairs' or 'pairs'", first[:60])
     return (1, int(numbers[0])) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
 
 def _lfw_line(line:str, expect:int) -> list[str]:
@@ -117,18 +123,20 @@ def read_lfw_pairs(path,                 # pairs.txt, pairsDevTrain.txt, pairsDe
             a, b = _lfw_line(line, 3 if genuine else 4)
             missing = [x for x in (a, b) if x not in lookup]
             if missing: raise DataError(f"there is no image {missing[0]}")
-            if a == b or genuine != (a.rsplit("/", 1)[0] == b.rsplit("/", 1)[0]): raise DataError("an image with itself" if a == b else "an impostor pair of one person", line[:80])
+            if a == b or genuine != (a.rsplit("/", 1)[0] == b.rsplit("/", 1)[0]):
+                raise DataError("an image with itself" if a == b else "an impostor pair of one person", line[:80])
             rows.append((lookup[a], lookup[b], genuine, k//(2*n)))
         except DataError as e: tolerate(on_error, skipped, f"{path}, line {number}", DataError(f"{path}, line {number}: {e}"))
     rows = np.array(rows, np.int64).reshape(-1, 4)
     return Pairs(records, rows[:, 0], rows[:, 1], rows[:, 2] == 1, rows[:, 3], Path(path).stem, skipped)
 
-# %% ../../nbs/13_pairs.ipynb #0cc86032
+# %% ../../nbs/13_pairs.ipynb #6b006a2b
 def bin_pairs(records:Records, # what `read_bin` returned
               folds:int=10,    # equal parts in order, as scikit-learn's KFold without shuffling
               ) -> Pairs:
     "The protocol inside an insightface `.bin`."
-    if not {"pair", "same"} <= set(records.table): raise DataError("These records hold no pairs; they did not come from a .bin", list(records.table.columns))
+    if not {"pair", "same"} <= set(records.table):
+        raise DataError("These records hold no pairs; they did not come from a .bin", list(records.table.columns))
     n = len(records)//2
     if folds < 1: raise ConfigError("folds must be at least 1", folds)
     parts = np.repeat(np.arange(folds), [n//folds + (k < n % folds) for k in range(folds)])
@@ -145,7 +153,8 @@ def read_pair_list(path,                 # text file
         if not line.strip() or line.startswith("#"): continue
         parts = re.split(r"[\t,]", line) if re.search(r"[\t,]", line) else line.split()
         try:
-            if len(parts) not in (3, 4) or parts[2].strip() not in ("0", "1") or not all(p.strip().isdigit() for p in parts[3:]): raise DataError("expected 'left right label [fold]' with label 0 or 1", line[:80])
+            if len(parts) not in (3, 4) or parts[2].strip() not in ("0", "1") or not all(p.strip().isdigit() for p in parts[3:]):
+                raise DataError("expected 'left right label [fold]' with label 0 or 1", line[:80])
             missing = [p for p in parts[:2] if stem(p) not in lookup]
             if missing: raise DataError(f"there is no image {missing[0][:100]}")
             rows.append((lookup[stem(parts[0])], lookup[stem(parts[1])], int(parts[2]), int(parts[3]) if len(parts) == 4 else 0))
@@ -259,7 +268,7 @@ def _groups(records:Records, positions:np.ndarray, within) -> list[np.ndarray]:
     part = records.table.iloc[positions]
     return [positions[np.sort(v)] for _, v in sorted(part.groupby(columns, observed=True, dropna=True).indices.items(), key=lambda x: str(x[0]))]
 
-# %% ../../nbs/13_pairs.ipynb #a0a518f0
+# %% ../../nbs/13_pairs.ipynb #074a7bf5
 def draw_pairs(records:Records,         # identities must be known
                n_genuine:int=10_000,    # pairs of one person
                n_impostor:int=10_000,   # pairs of two
@@ -270,7 +279,8 @@ def draw_pairs(records:Records,         # identities must be known
                ) -> Pairs:
     "Balanced verification pairs from any records: uniform, without repetition, in identity-disjoint folds."
     codes, draw = records.codes, rng(seed, "pairs")
-    if folds < 1 or n_genuine < 0 or n_impostor < 0 or (per_identity is not None and per_identity < 1): raise ConfigError("folds and per_identity must be at least 1, numbers of pairs at least 0", (folds, n_genuine, n_impostor, per_identity))
+    if folds < 1 or n_genuine < 0 or n_impostor < 0 or (per_identity is not None and per_identity < 1):
+        raise ConfigError("folds and per_identity must be at least 1, numbers of pairs at least 0", (folds, n_genuine, n_impostor, per_identity))
     if not (codes >= 0).any(): raise DataError(f"{records.name} has no identities", None, "Pairs can be drawn only where it is known who is who")
     counts = np.bincount(codes[codes >= 0])
     if folds > len(counts): raise DataError(f"{folds} folds cannot be made of {len(counts)} identities", folds)
@@ -282,7 +292,9 @@ def draw_pairs(records:Records,         # identities must be known
     for f, (members, groups) in enumerate(inside):
         want = [n//folds + (f < n % folds) for n in (n_genuine, n_impostor)]
         for kind, w, t, total in zip(("genuine", "impostor"), want, there[f], there.sum(0)):
-            if w > t: raise DataError(f"Fold {f} of {records.name} has {t:,} different {kind} pairs and {w:,} are wanted", None, f"All folds together have {total:,}: ask for fewer pairs or fewer folds" + (", or drop `within`" if within and kind == "impostor" else ""))
+            if w > t:
+                raise DataError(f"Fold {f} of {records.name} has {t:,} different {kind} pairs and {w:,} are wanted", None,
+                                f"All folds together have {total:,}: ask for fewer pairs or fewer folds" + (", or drop `within`" if within and kind == "impostor" else ""))
         if want[0]: parts.append((*_genuine(members, want[0], per_identity, draw), True, f))
         if want[1]: parts.append((*_impostor(groups, codes, want[1], draw), False, f))
     left, right = (np.concatenate([p[k] for p in parts] or [np.zeros(0, np.int64)]) for k in (0, 1))

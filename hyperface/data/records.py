@@ -43,7 +43,7 @@ class ArraySource(Source):
     def where(self, i): return f"image {i} in memory"
     def pixels(self, i): return np.asarray(self.array[i])
 
-# %% ../../nbs/10_records.ipynb #9d9321a4
+# %% ../../nbs/10_records.ipynb #2756d012
 def inside(root:Path, # a folder
            name:str,  # a relative path from a table or an archive
            base:str|None=None, # the folder's real path, where it is known already
@@ -53,7 +53,8 @@ def inside(root:Path, # a folder
     if not name or name[0] in "/\\" or ".." in parts or ":" in parts[0] or "\0" in name:
         raise DataError(f"A file name leads out of {root}", name, "The list of files is damaged or hostile")
     path = os.path.join(root, name)
-    if not os.path.realpath(path).startswith(os.path.join(base or os.path.realpath(root), "")): raise DataError(f"A link leads out of {root}", name, "Copy the files instead of linking them")
+    if not os.path.realpath(path).startswith(os.path.join(base or os.path.realpath(root), "")):
+        raise DataError(f"A link leads out of {root}", name, "Copy the files instead of linking them")
     return path
 
 class FileSource(Source):
@@ -66,7 +67,7 @@ class FileSource(Source):
     def where(self, i): return str(self.root/str(self.names.iloc[i]))
     def encoded(self, i): return read_file(inside(self.root, str(self.names.iloc[i]), self.base))
 
-# %% ../../nbs/10_records.ipynb #39539852
+# %% ../../nbs/10_records.ipynb #a73a27c5
 WORDS = ("identity", "split", "gender", "ethnicity", "expression")
 NUMBERS = ("age", "yaw", "pitch", "roll")
 STANDARD = ("image", "identity", "split", "age", "gender", "ethnicity", "expression", "yaw", "pitch", "roll")
@@ -85,14 +86,16 @@ def _numbers(name, x) -> pd.Series:
     try: x = pd.to_numeric(pd.Series(x)).astype(np.float32)
     except (ValueError, TypeError) as e: raise DataError(f"Column {name} must be numbers: {e}") from e
     if np.isinf(x).any(): raise DataError(f"Column {name} holds infinite values", x[np.isinf(x)].index[0], "Use NaN for what is not known")
-    if name == "age" and ((x < 0) | (x > 130)).any(): raise DataError("Column age must be years between 0 and 130", float(x[(x < 0) | (x > 130)].iloc[0]))
+    if name == "age" and ((x < 0) | (x > 130)).any():
+        raise DataError("Column age must be years between 0 and 130", float(x[(x < 0) | (x > 130)].iloc[0]))
     return x
 
 def _words(name, x) -> pd.Series:
     "A column of categories; whole numbers stay whole numbers in `identity`."
     x = pd.Series(x)
     if name == "identity" and pd.api.types.is_integer_dtype(x.dtype): return x.astype(np.int64)
-    if name == "identity" and pd.api.types.is_float_dtype(x.dtype) and x.notna().any(): raise DataError("Column identity must be whole numbers or words", x.iloc[0])
+    if name == "identity" and pd.api.types.is_float_dtype(x.dtype) and x.notna().any():
+        raise DataError("Column identity must be whole numbers or words", x.iloc[0])
     if not isinstance(x.dtype, pd.CategoricalDtype):
         known = x.notna()
         x = x.astype(TEXT).where(known).astype("category")
@@ -187,7 +190,7 @@ class Shown:
         "Whether a published page must not show these images: photographs in `HYPERFACE_DATA`."
         return publishing() and lies_in(self.source.root, data_dir())
 
-# %% ../../nbs/10_records.ipynb #ae51f932
+# %% ../../nbs/10_records.ipynb #1e1d37b9
 class Records(Shown):
     "A table of images with a lazy reader of their pixels."
     def __init__(self, table:pd.DataFrame, # what `standard_table` made
@@ -196,7 +199,8 @@ class Records(Shown):
                  name:str="records",       # what the set is called in messages and reports
                  skipped:Skipped|None=None, # what a reader left out
                  ):
-        if len(table) != len(source if rows is None else rows): raise DataError(f"{name}: the table has {len(table)} rows and the source {len(source if rows is None else rows)}")
+        if len(table) != len(source if rows is None else rows):
+            raise DataError(f"{name}: the table has {len(table)} rows and the source {len(source if rows is None else rows)}")
         self.table, self.source, self.rows, self.name, self.skipped = table, source, rows, name, Skipped() if skipped is None else skipped
     def __len__(self): return len(self.table)
 
@@ -255,7 +259,7 @@ def lies_in(path,   # file or folder, or None
     path, folder = Path(path).resolve(), Path(folder).resolve()
     return folder in (path, *path.parents)
 
-# %% ../../nbs/10_records.ipynb #2a7da107
+# %% ../../nbs/10_records.ipynb #c411c4c1
 def records_from_arrays(images,      # (N, H, W, 3) uint8 RGB
                         name:str,     # what the set is called
                         columns:dict, # N values each, or one for all
@@ -263,7 +267,8 @@ def records_from_arrays(images,      # (N, H, W, 3) uint8 RGB
     "`Records.from_arrays`."
     images = images if isinstance(images, np.ndarray) else np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise DataError("images must be (N, H, W, 3) uint8 RGB", (images.shape, str(images.dtype)), "hyperface.style.to_uint8 converts from (N, 3, H, W) in [-1, 1]")
+        raise DataError("images must be (N, H, W, 3) uint8 RGB", (images.shape, str(images.dtype)),
+                        "hyperface.style.to_uint8 converts from (N, 3, H, W) in [-1, 1]")
     table, n = {}, len(images)
     for key, value in {"image": [f"{i:08d}" for i in range(n)], **columns}.items():
         one = value is None or np.isscalar(value)
@@ -374,7 +379,7 @@ def show_records(records:Records) -> None:
     display({"text/plain": describe(records), "text/html": records._repr_html_()}, raw=True)
     if len(records) and not records.hidden: display(preview(records))
 
-# %% ../../nbs/10_records.ipynb #c3512e52
+# %% ../../nbs/10_records.ipynb #0c569b24
 _SUFFIX = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"BM": ".bmp", b"GI": ".gif", b"RI": ".webp", b"II": ".tif", b"MM": ".tif"}
 
 def file_name(image:str, # the name in the table
@@ -391,7 +396,8 @@ def file_name(image:str, # the name in the table
 def _reserve(path:Path, overwrite:bool) -> Path:
     "A fresh folder beside `path` to write into; an error if `path` is taken."
     import shutil
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite: raise DataError(f"{path} exists and is not empty", None, "Choose another folder or pass overwrite=True")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
+        raise DataError(f"{path} exists and is not empty", None, "Choose another folder or pass overwrite=True")
     temporary = path.parent/f".{path.name}-{os.getpid()}.part"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -446,7 +452,7 @@ def read_table(path:Path # "records.parquet"
         return found.to_pandas(types_mapper=lambda t: pd.ArrowDtype(t) if pa.types.is_fixed_size_list(t) else None, ignore_metadata=True), name and name.decode()
     except Exception as e: raise DataError(f"{path} cannot be read: {e}", None, "Write the set again") from e
 
-# %% ../../nbs/10_records.ipynb #44696e33
+# %% ../../nbs/10_records.ipynb #7be62c3f
 def save_records(records:Records,      # what to write
                  folder,               # the new folder
                  format:str="png",     # "png" or "jpg", for images that are not encoded yet
@@ -471,7 +477,8 @@ def load_records(folder # with records.parquet
                  ) -> Records:
     "`Records.load`."
     folder = Path(folder)
-    if not (folder/"records.parquet").is_file(): raise DataError(f"{folder} has no records.parquet", None, "Read folders of others with hyperface.data.formats.read_dataset")
+    if not (folder/"records.parquet").is_file():
+        raise DataError(f"{folder} has no records.parquet", None, "Read folders of others with hyperface.data.formats.read_dataset")
     table, name = read_table(folder/"records.parquet")
     try: table = standard_table(table)
     except DataError as e: raise DataError(f"{folder/'records.parquet'}: {e}") from e
