@@ -35,8 +35,44 @@ def spread(light:dict, images=None) -> dict:
     "Light as something that fits pixels: (3, B, 1, 1) for whole pictures, (3, n) for chosen pixels."
     return {k: t[:, :, None, None] if images is None else t[:, images] for k, t in light.items()}
 
-# %% ../../nbs/11d_camera.ipynb #0ca5a17b
+# %% ../../nbs/11d_camera.ipynb #19101895
 def dot(a, b): return a[0]*b[0] + a[1]*b[1] + a[2]*b[2]
+
+def _view(B):
+    "Unit vectors towards the camera from ray directions."
+    n = torch.rsqrt(dot(B, B)); return [t*n for t in B]
+
+WRAP, PENUMBRA = (.34, .19, .12), (.62, 1., 1.15)
+
+def shade(albedo, N, view, light:dict, ao, shadow, gloss=None, flow=None) -> torch.Tensor: # (3, B, H, W) linear light
+    "Light reflected towards the camera: wrapped diffuse (warm skin), sky and fill, a soft highlight, hair highlight."
+    L = light["L"]; nl = dot(N, L)
+    sky = (.62 + .38*dot(N, light["up"]))*ao
+    fill = dot(N, light["fill"]).clamp(min=0)*.34*ao
+    around = sky*.75 + fill
+    out = torch.empty_like(albedo)
+    for c in range(3):
+        w = WRAP[c]
+        d = ((nl + w)*(1/(1 + w))).clamp(min=0)*(shadow if c else torch.sqrt(shadow))
+        out[c] = albedo[c]*(light["key"][c]*d*(.35 + .65*ao) + light["ambient"][c]*around)
+    H = [L[i] + view[i] for i in range(3)]; h = torch.rsqrt(dot(H, H)); H = [t*h for t in H]
+    if gloss is not None:
+        nh = dot(N, H).clamp(0, 1); s2 = nh*nh; s4 = s2*s2; s8 = s4*s4; s16 = s8*s8
+        rim = (1 - dot(N, view).clamp(0, 1)); rim = rim*rim*rim
+        spec = gloss*(s16*s4*.9 + s8*.22)*shadow + .030*rim*gloss*8*around
+        out = out + spec*light["key"]
+    if flow is not None:
+        th = N[2]*H[1] - N[1]*H[2]
+        band = torch.exp(-(th - .10)**2*(1/.030))*.055 + torch.exp(-(th + .12)**2*(1/.10))*.030
+        out = out + (albedo*3.2 + .05)*(1.15 - albedo*2).clamp(min=.2)*(band*flow*shadow.clamp(min=.25))*light["key"]
+    return out
+
+# %% ../../nbs/11d_camera.ipynb #c2645429
+def dot(a, b): return a[0]*b[0] + a[1]*b[1] + a[2]*b[2]
+
+def _view(B):
+    "Unit vectors towards the camera from ray directions."
+    n = torch.rsqrt(dot(B, B)); return [t*n for t in B]
 
 WRAP, PENUMBRA = (.34, .19, .12), (.62, 1., 1.15)
 
@@ -118,10 +154,6 @@ def head_layer(p:dict, size:int, view:int, upright:bool):
     cover = paint_hair(p, flat, gloss, flow, u, v); paint_accessories(p, flat, gloss, u, v)
     hit.update(albedo=flat.view(3, *u.shape), gloss=gloss.view_as(u), flow=flow.view_as(u), N=normals(hit, m), hollow=m[:, 3], hair=cover, pixel=pixel)
     return hit, cam, light, maps
-
-# %% ../../nbs/11d_camera.ipynb #4c7bb239
-def _view(B):
-    n = torch.rsqrt(dot(B, B)); return [t*n for t in B]
 
 # %% ../../nbs/11d_camera.ipynb #10d96f34
 def body_layers(p:dict, cam:dict, size:int, pixel, cover):

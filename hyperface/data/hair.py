@@ -35,7 +35,7 @@ def hair_thickness(p:dict, resolution:int) -> torch.Tensor: # (B, R, R) units of
     lump = 1 + (.07 + .16*c("curl"))*n[0]
     return (c("hair_side")*(1 - top) + c("hair_top")*top)*smooth(h*(1/.20))*lump.clamp(min=.25)*(c("hair_cap"))
 
-# %% ../../nbs/11c_hair.ipynb #33a30879
+# %% ../../nbs/11c_hair.ipynb #b8d106c4
 HAIR = "hairline recession widow fringe fringe_wide part sweep side_low bald curl hair_r hair_g hair_b skin_offset skin_offset2 pixel hat hat_r hat_g hat_b hair_soft buzz"
 
 def hair_texture(q:dict, across, along):
@@ -65,7 +65,7 @@ def paint_hair(p:dict, albedo, gloss, flow, u, v) -> torch.Tensor: # (B, H, W) c
 
     rib = 1 + .16*torch.cos(U/(1.3 - V).clamp(min=.3)*120)*(.4 + .6*(d > .05)) - .35*gauss(d - .085, .006)
     cloth = torch.stack([q["hat_r"], q["hat_g"], q["hat_b"]])*rib
-    line = step((V - .27 + .30*U*U)/(2*q["pixel"]) + .5)*step((V + .12 + .2*U.abs())*40)
+    line = step((V - .245 + .30*U*U)/(2*q["pixel"]) + .5)*step((V + .12 + .2*U.abs())*40)
     amount = mix((grow*thin).clamp(0, 1), line, q["hat"])
     A = mix(albedo[:, index], mix(hair, cloth, q["hat"]).clamp(min=.003), amount)
     albedo[:, index] = A
