@@ -290,6 +290,7 @@ REC_DAMAGE = {
     "a billion labels": (lambda g: dict(rec=patched(g["rec"], offsets_of(g)[3] + 8, struct.pack("<I", 2**30))), "more labels than bytes"),
     "length too long": (lambda g: dict(rec=patched(g["rec"], offsets_of(g)[3] + 4, struct.pack("<I", 2**28))), "cut off"),
     "length too short": (lambda g: dict(rec=patched(g["rec"], offsets_of(g)[3] + 4, struct.pack("<I", 3))), "too short"),
+    "half a billion bytes": (lambda g: dict(rec=patched(g["rec"], offsets_of(g)[3] + 4, struct.pack("<I", 2**29 - 1)) + bytes(2**20)), "cut off"),
     "a middle part": (lambda g: dict(rec=patched(g["rec"], offsets_of(g)[3] + 7, bytes([0x40]))), "middle part"),
     "index: text": (lambda g: dict(idx=b"not\tan index\n"), "not an index"), "index: negative": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n3\t-")), "outside the file"),
     "index: beyond": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n3\t99999")), "outside the file"), "index: a key twice": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n2\t")), "key twice"),
@@ -468,6 +469,24 @@ def test_lmdb_pages_full_of_ones(at, good, tmp_path):
         containers.read_lmdb(tmp_path).images()
     except DataError as e:
         assert "data.mdb" in str(e)
+
+
+def test_a_record_of_endless_parts(tmp_path):
+    part = struct.pack("<IfQQ", 0, 1., 0, 0) + bytes(8_000_000)
+    content = b"".join(struct.pack("<II", containers.MAGIC, kind << 29 | len(part)) + part for kind in [1] + [2]*9)
+    (tmp_path/"x.rec").write_bytes(content)
+    (tmp_path/"x.idx").write_text("0\t0\n")
+    with pytest.raises(DataError, match=r"x\.rec .*more than 67,108,864 bytes"):
+        containers.read_rec(tmp_path/"x.rec").images()
+
+
+def test_decoding_in_threads_leaves_the_warning_filters_alone():
+    import warnings
+    from concurrent.futures import ThreadPoolExecutor
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode_image, [PNG]*200))
+    assert warnings.filters == before
 
 
 def test_lmdb_that_points_into_itself(good, tmp_path):

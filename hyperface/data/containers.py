@@ -350,7 +350,7 @@ def _read_idx(path:Path) -> tuple[np.ndarray, np.ndarray]: # keys (N,), offsets 
                         "Delete it: the index is rebuilt from the .rec")
     return keys, offsets
 
-# %% ../../nbs/12a_containers.ipynb #2de3de17
+# %% ../../nbs/12a_containers.ipynb #25f5803b
 class RecSource(SpanSource):
     "The images of a `.rec`: payloads, put together from their parts, behind their header."
     def payload(self, i:int) -> bytes:
@@ -361,6 +361,7 @@ class RecSource(SpanSource):
             part, n = word >> PART, word & (1 << PART) - 1
             if magic != MAGIC or part not in ((2, 3) if parts else (0, 1)):
                 raise DataError(f"{self.file.path} at byte {at:,}: no part of a record begins here")
+            if sum(map(len, parts)) + n > MAX_IMAGE_BYTES: raise DataError(f"{self.where(i)}: more than {MAX_IMAGE_BYTES:,} bytes", None, "Not a picture")
             parts.append(self.file.read(at + 8, n))
             at += 8 + (n + 3)//4*4
             if part in (0, 3): return struct.pack("<I", MAGIC).join(parts)
@@ -378,8 +379,8 @@ def _rec_headers(file:OpenFile, offsets:np.ndarray): # -> flags, labels (N, 2), 
     length, part, flag = words[:, 1] & (1 << PART) - 1, words[:, 1] >> PART, words[:, 2]
     labels = np.where((flag > 0)[:, None], np.where(np.arange(2) < flag[:, None], more, np.nan), np.stack([first, np.full_like(first, np.nan)], 1))
     end = np.where(part == 0, length, 1 << 40)
-    problem = np.select([words[:, 0] != MAGIC, part > 1, offsets + 8 + length > file.size, length < HEADER.size, HEADER.size + 4*flag > end, (offsets % 4) != 0],
-                        ["no record begins here", "a middle part of a record", "the record is cut off", "too short for an image header", "more labels than bytes", "not a multiple of four"], "")
+    problem = np.select([words[:, 0] != MAGIC, part > 1, offsets + 8 + length > file.size, length > MAX_IMAGE_BYTES, length < HEADER.size, HEADER.size + 4*flag > end, (offsets % 4) != 0],
+                        ["no record begins here", "a middle part of a record", "the record is cut off", "longer than any picture", "too short for an image header", "more labels than bytes", "not a multiple of four"], "")
     empty = (part == 0) & (length == HEADER.size + 4*flag) & (problem == "")
     return flag, labels.astype(np.float64), length, problem, empty
 
@@ -788,7 +789,20 @@ def vectors_of(column:pd.Series) -> np.ndarray: # (N, D) float32
     "The vectors of a table column."
     return np.stack([np.asarray(v, np.float32) for v in column]) if len(column) else np.zeros((0, 0), np.float32)
 
-# %% ../../nbs/12a_containers.ipynb #fcf7eb13
+# %% ../../nbs/12a_containers.ipynb #7355cd95
+def _entry_fault(entry:tuple,   # of `_zip_list`
+                 file_size:int, # bytes
+                 ) -> str|None:
+    "What is wrong with one entry of a zip by itself."
+    name, method, _, packed, size, offset = entry
+    if name[0] in "/\\" or ".." in re.split(r"[\\/]", name) or ":" in name or "\0" in name: return "the name leads out of the folder"
+    if not 0 < size <= MAX_IMAGE_BYTES: return f"{size:,} bytes are declared for a picture"
+    if offset + 30 + packed > file_size: return "it lies outside the file"
+    if method not in (0, 8): return f"compression method {method}"
+    if packed > size + 65536 or (method == 0 and packed != size): return f"{packed:,} bytes for a content of {size:,}"
+    return None
+
+# %% ../../nbs/12a_containers.ipynb #d34af46f
 def read_zip(path,                 # "ffhq.zip"
              on_error:str="raise", # or "skip"
              ) -> Records:         # identity from whole-number labels, column label from vectors
@@ -796,17 +810,16 @@ def read_zip(path,                 # "ffhq.zip"
     file, skipped = OpenFile(path), Skipped()
     entries = [e for e in _zip_list(file) if not e[0].endswith("/")]
     note = next((e for e in entries if e[0] == "dataset.json"), None)
-    if note and not note[4] <= max(2**20, 1000*note[3]) <= 2**40:
+    if note and not note[4] <= min(max(2**20, 1000*note[3]), 2**31):
         raise DataError(f"{path}: dataset.json declares {note[4]:,} bytes for {note[3]:,} compressed ones", None, "A decompression bomb")
     labels = _labels_of(_zip_member(file, note[5], note[3], note[4], note[1], note[2]), f"{path}, dataset.json") if note else None
     good, end, seen = [], 0, set()
     for entry in sorted((e for e in entries if e[0].lower().endswith(IMAGE_SUFFIXES)), key=lambda e: e[5]):
         name, method, crc, packed, size, offset = entry
-        why = ("the name leads out of the folder" if name[0] in "/\\" or ".." in re.split(r"[\\/]", name) or ":" in name or "\0" in name else "the name is there twice" if name in seen else
-               f"{size:,} bytes are declared for a picture" if not 0 < size <= MAX_IMAGE_BYTES else "it overlaps the entry before it" if offset < end else
-               "it lies outside the file" if offset + 30 + packed > file.size else f"compression method {method}" if method not in (0, 8) else
-               "dataset.json has no label for it" if labels is not None and name not in labels else None)
-        if why: tolerate(on_error, skipped, f"{path}, {name[:100]}", DataError(f"{path} at byte {offset:,} ({name[:100]}): {why}"), offset)
+        why = ("the name is there twice" if name in seen else "it overlaps the entry before it" if offset < end else
+               _entry_fault(entry, file.size) or ("dataset.json has no label for it" if labels is not None and name not in labels else None))
+        if why:
+            tolerate(on_error, skipped, f"{path}, {name[:100]}", DataError(f"{path} at byte {offset:,} ({name[:100]}): {why}"), offset)
         else: good.append(entry); seen.add(name)
         end = max(end, offset + 30 + packed)
     for name in sorted(set(labels or ()) - {e[0] for e in entries}):

@@ -83,32 +83,26 @@ def _upright(im):
     try: return ImageOps.exif_transpose(im)
     except Exception: return im
 
-# %% ../../nbs/10a_images.ipynb #d068c09b
+# %% ../../nbs/10a_images.ipynb #92520003
 def _open(content:bytes, max_pixels:int):
     "A `PIL.Image` that is opened but not decoded; ValueError for other formats and too many pixels."
-    import warnings
     from PIL import Image
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        Image.init()                                                # registers what this Pillow was built with; once
-        try: im = Image.open(io.BytesIO(content), formats=[f for f in FORMATS if f in Image.OPEN])
-        except Image.UnidentifiedImageError:
-            start = content[:64].lstrip().lower()
-            if start.startswith((b"<!doc", b"<html", b"<?xml")): raise ValueError("it is a web page, not a picture") from None
-            known = start.startswith((b"\xff\xd8\xff", b"\x89png", b"gif8", b"riff"))
-            raise ValueError("its header is damaged" if known else f"no picture format begins with {content[:8]!r}") from None
+    Image.init()                                                    # registers what this Pillow was built with; once
+    try: im = Image.open(io.BytesIO(content), formats=[f for f in FORMATS if f in Image.OPEN])
+    except Image.UnidentifiedImageError:
+        start = content[:64].lstrip().lower()
+        if start.startswith((b"<!doc", b"<html", b"<?xml")): raise ValueError("it is a web page, not a picture") from None
+        known = start.startswith((b"\xff\xd8\xff", b"\x89png", b"gif8", b"riff"))
+        raise ValueError("its header is damaged" if known else f"no picture format begins with {content[:8]!r}") from None
     if im.width*im.height > max_pixels: raise ValueError(f"it declares {im.width}x{im.height} pixels, more than {max_pixels:,}")
     if min(im.size) < 1: raise ValueError(f"it declares {im.width}x{im.height} pixels")
     return im
 
 def _decode_careful(content:bytes, background, max_pixels:int) -> np.ndarray:
     "Through Pillow: everything that the fast path does not take."
-    import warnings
     im = _open(content, max_pixels)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        im.load()
-        return _to_rgb(_upright(im), background)
+    im.load()
+    return _to_rgb(_upright(im), background)
 
 # %% ../../nbs/10a_images.ipynb #f9705585
 def decode_image(source,               # bytes of a picture file, or its path

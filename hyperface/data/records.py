@@ -190,9 +190,10 @@ class Shown:
         "Whether a published page must not show these images: photographs in `HYPERFACE_DATA`."
         return publishing() and lies_in(self.source.root, data_dir())
 
-# %% ../../nbs/10_records.ipynb #1e1d37b9
+# %% ../../nbs/10_records.ipynb #007bf69f
 class Records(Shown):
     "A table of images with a lazy reader of their pixels."
+    format = None                        # the reader's name, where `read_dataset` made it
     def __init__(self, table:pd.DataFrame, # what `standard_table` made
                  source:Source,            # where the pixels are
                  rows:np.ndarray|None=None, # (N,) the source's row of each table row; None: the same
@@ -259,7 +260,7 @@ def lies_in(path,   # file or folder, or None
     path, folder = Path(path).resolve(), Path(folder).resolve()
     return folder in (path, *path.parents)
 
-# %% ../../nbs/10_records.ipynb #c411c4c1
+# %% ../../nbs/10_records.ipynb #58fcf9e6
 def records_from_arrays(images,      # (N, H, W, 3) uint8 RGB
                         name:str,     # what the set is called
                         columns:dict, # N values each, or one for all
@@ -292,7 +293,9 @@ def select_records(records:Records,
     table = records.table.iloc[positions].reset_index(drop=True)
     for name in table:
         if isinstance(table[name].dtype, pd.CategoricalDtype): table[name] = table[name].cat.remove_unused_categories()
-    return Records(table, records.source, positions if records.rows is None else records.rows[positions], records.name, records.skipped)
+    out = Records(table, records.source, positions if records.rows is None else records.rows[positions], records.name, records.skipped)
+    out.format = records.format
+    return out
 
 # %% ../../nbs/10_records.ipynb #3b470d0b
 def read_images(records:Records,
