@@ -6,8 +6,8 @@
 __all__ = ['Pairs', 'pair_sheet', 'show_pairs', 'read_lfw_pairs', 'bin_pairs', 'read_pair_list', 'write_pairs', 'read_pairs',
            'pair_counts', 'deal_identities', 'draw_pairs']
 
-# %% ../../nbs/13_pairs.ipynb #a83f4364
-import re
+# %% ../../nbs/13_pairs.ipynb #529df2f8
+import html, re
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ class Pairs:
             raise DataError(f"embeddings must have one row for each of the {len(self.records)} images", x.shape)
         return np.concatenate([np.einsum("ij,ij->i", x[self.left[k:k + 8192]], x[self.right[k:k + 8192]], dtype=np.float64) for k in range(0, max(len(self), 1), 8192)])
 
-# %% ../../nbs/13_pairs.ipynb #455dbe36
+# %% ../../nbs/13_pairs.ipynb #ada2f59c
 def pair_sheet(pairs:Pairs,
                n:int=16,    # pairs at most, half of them genuine where possible
                size:int=64, # pixels of a side
@@ -83,10 +83,10 @@ def pair_sheet(pairs:Pairs,
 def show_pairs(pairs:Pairs) -> None:
     "Display the line and, where it may be shown, a sheet."
     from IPython.display import display
-    display({"text/plain": repr(pairs), "text/html": f"<p>{pairs!r}</p>"}, raw=True)
+    display({"text/plain": repr(pairs), "text/html": f"<p>{html.escape(repr(pairs))}</p>"}, raw=True)
     if len(pairs) and not pairs.records.hidden: display(pair_sheet(pairs))
 
-# %% ../../nbs/13_pairs.ipynb #c5a43f29
+# %% ../../nbs/13_pairs.ipynb #39aa0170
 def _image_lookup(records:Records) -> dict[str, int]:
     "Positions by image name without suffix."
     stems = records.table["image"].str.replace(r"\.\w{2,5}$", "", regex=True)
@@ -112,7 +112,7 @@ def read_lfw_pairs(path,                 # pairs.txt, pairsDevTrain.txt, pairsDe
                    on_error:str="raise", # or "skip": pairs whose images are missing or whose line is damaged
                    ) -> Pairs:
     "LFW's protocol files, official and development."
-    lines = read_file(path).decode("utf-8", "replace").splitlines()
+    lines = read_file(path).decode("utf-8-sig", "replace").splitlines()
     folds, n = _lfw_header(lines[0], path)
     body = [(k, line) for k, line in enumerate(lines[1:], 2) if line.strip()]
     if len(body) != 2*n*folds: raise DataError(f"{path} has {len(body)} pairs and announces {2*n*folds} ({folds} folds of {n} + {n})", None, "The file is cut off or was edited; fetch it again")
@@ -130,7 +130,7 @@ def read_lfw_pairs(path,                 # pairs.txt, pairsDevTrain.txt, pairsDe
     rows = np.array(rows, np.int64).reshape(-1, 4)
     return Pairs(records, rows[:, 0], rows[:, 1], rows[:, 2] == 1, rows[:, 3], Path(path).stem, skipped)
 
-# %% ../../nbs/13_pairs.ipynb #6b006a2b
+# %% ../../nbs/13_pairs.ipynb #7cb6f0eb
 def bin_pairs(records:Records, # what `read_bin` returned
               folds:int=10,    # equal parts in order, as scikit-learn's KFold without shuffling
               ) -> Pairs:
@@ -149,7 +149,7 @@ def read_pair_list(path,                 # text file
     "Lines of 'left right label [fold]', separated by tabs, commas or spaces; labels 1/0."
     lookup, skipped, rows = _image_lookup(records), Skipped(), []
     stem = lambda name: re.sub(r"\.\w{2,5}$", "", name.strip())
-    for number, line in enumerate(read_file(path).decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(read_file(path).decode("utf-8-sig", "replace").splitlines(), 1):
         if not line.strip() or line.startswith("#"): continue
         parts = re.split(r"[\t,]", line) if re.search(r"[\t,]", line) else line.split()
         try:
@@ -177,7 +177,7 @@ def read_pairs(path,                       # pairs.txt, a plain list, or an insi
     "A verification protocol in any of the three forms."
     if Path(path).suffix.lower() == ".bin": return bin_pairs(read_bin(path, on_error))
     if records is None: raise ConfigError("A list of pairs needs the records that it refers to", str(path), "Pass records=read_dataset(folder)")
-    first = next((line for line in read_file(path).decode("utf-8", "replace").splitlines() if line.strip()), "")
+    first = next((line for line in read_file(path).decode("utf-8-sig", "replace").splitlines() if line.strip()), "")
     return (read_lfw_pairs if re.fullmatch(r"\s*\d+(\s+\d+)?\s*", first) else read_pair_list)(path, records, on_error)
 
 # %% ../../nbs/13_pairs.ipynb #c28eb97f

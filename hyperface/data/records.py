@@ -9,8 +9,8 @@ __all__ = ['WORDS', 'NUMBERS', 'STANDARD', 'TEXT', 'GENDERS', 'Source', 'ArraySo
            'describe', 'preview', 'show_records', 'file_name', 'write_images', 'write_table', 'read_table',
            'save_records', 'load_records']
 
-# %% ../../nbs/10_records.ipynb #84ede034
-import os, re
+# %% ../../nbs/10_records.ipynb #bb5c2690
+import html, os, re
 from pathlib import Path
 
 import numpy as np
@@ -178,11 +178,11 @@ def row_positions(table:pd.DataFrame, # of the records
     if which.min() < -n or which.max() >= n: raise DataError(f"Position outside 0..{n - 1}", int(which.max() if which.max() >= n else which.min()))
     return np.where(which < 0, which + n, which).astype(np.int64)
 
-# %% ../../nbs/10_records.ipynb #b0264852
+# %% ../../nbs/10_records.ipynb #f9b8c4a7
 class Shown:
     "How records show themselves: a line, and a sheet of their first images where that is allowed."
     def __repr__(self): return describe(self)
-    def _repr_html_(self): return f"<p>{describe(self)}</p>"
+    def _repr_html_(self): return f"<p>{html.escape(describe(self))}</p>"
     def _repr_jpeg_(self): return None if self.hidden or not len(self) else preview(self)._repr_jpeg_()
     def _ipython_display_(self): show_records(self)
     @property
