@@ -60,11 +60,11 @@ def angle(x,               # (n, d) or (d,) vectors, need not be of length 1
     result = 2*np.arctan2(np.linalg.norm(x - y, axis=1), np.linalg.norm(x + y, axis=1))
     return result[0] if scalar else result
 
-# %% ../../nbs/30_geometry.ipynb #5092d97f
+# %% ../../nbs/30_geometry.ipynb #bec7ff9e
 def _block_maxima(x, y, groups_x, groups_y, symmetric:bool, block:int, bar):
     "Best cosine and its index for every row of x among the rows of y (torch tensors); equal groups do not count."
     import torch
-    best = torch.full((len(x),), -2.); index = torch.full((len(x),), -1, dtype=torch.long)
+    best = torch.full((len(x),), -2.); home = torch.zeros(len(x), dtype=torch.long) # best cosine so far, and the block it is in
     buffer = torch.empty(block*block)
     for a in range(0, len(x), block):
         left = x[a:a + block]
@@ -75,11 +75,17 @@ def _block_maxima(x, y, groups_x, groups_y, symmetric:bool, block:int, bar):
             elif symmetric and a == b: cos.fill_diagonal_(-2.)
             sides = [(a, cos, 1, b)] + ([(b, cos, 0, a)] if symmetric and b > a else [])
             for start, table, axis, offset in sides:
-                value, where = table.max(axis)
-                here = slice(start, start + len(value))
-                better = value > best[here]
-                index[here] = torch.where(better, where + offset, index[here]); best[here] = torch.where(better, value, best[here])
+                value = table.amax(axis); here = slice(start, start + len(value))
+                home[here] = torch.where(value > best[here], offset, home[here]); best[here] = torch.maximum(value, best[here])
             bar.update(len(left)*len(right))
+    index = torch.full((len(x),), -1, dtype=torch.long)         # which row of that block: one more product per row and block
+    for b in home.unique().tolist():
+        rows = torch.nonzero((home == b) & (best > -1.5))[:, 0]
+        for part in rows.split(block):
+            cos = x[part] @ y[b:b + block].T
+            if groups_x is not None: cos.masked_fill_(groups_x[part, None] == groups_y[None, b:b + block], -2.)
+            elif symmetric: cos.masked_fill_(part[:, None] == torch.arange(b, b + cos.shape[1]), -2.)
+            index[part] = cos.argmax(1) + b
     return best.numpy(), index.numpy()
 
 def _recheck(x, y, rows, groups_x, groups_y, same:bool):
@@ -94,7 +100,7 @@ def _recheck(x, y, rows, groups_x, groups_y, same:bool):
         top = cos.argmax(1)
         angles[start:start + 128], index[start:start + 128] = angle(left, y[top]), top
         for k in np.flatnonzero(cos.max(1) > 1 - 1e-6):        # float64 cosines cannot rank angles below 1e-7 either
-            candidates = np.flatnonzero(cos[k] >= cos[k, top[k]] - 1e-14)[:256]
+            candidates = np.flatnonzero(cos[k] >= cos[k, top[k]] - 1e-14)[:4096]
             exact = angle(left[k:k + 1], y[candidates]); j = exact.argmin()
             angles[start + k], index[start + k] = exact[j], candidates[j]
     return angles, index

@@ -36,7 +36,7 @@ def expand(generators # (g, d) numpy
     "All cyclic shifts of the generators."
     return np.concatenate([np.roll(generators, s, axis=1) for s in range(generators.shape[1])])
 
-# %% ../../nbs/32b_orbits.ipynb #ac01e098
+# %% ../../nbs/32b_orbits.ipynb #1104118a
 class OrbitHinge:
     "The hinge on generators of cyclic orbits: threshold rising until no overlap is left."
     momentum, clip = .92, .2
@@ -53,7 +53,7 @@ class OrbitHinge:
         if self.g < 4 or dim < 8: raise ConfigError("Orbits need at least 4 dim points and 8 dimensions", (points, dim), "Use symmetry='none'")
         x = torch.from_numpy(rng(seed, "orbit", self.g, dim).standard_normal((self.g, dim)).astype(np.float32)).to(device)
         self.x = x/x.norm(dim=1, keepdim=True); self.v, self.best, self.quiet = torch.zeros_like(self.x), self.x.clone(), self.x.clone()
-        self.budget, self.scale, self.guards, self.calm, self.rises = max(1, int(budget)), scale, 0, math.inf, 0
+        self.budget, self.scale, self.guards, self.calm, self.rises, self.first, self.grace = max(1, int(budget)), scale, 0, math.inf, 0, math.nan, 10
         self.t = isostatic_cosine(self.g*dim, dim) - .27/math.sqrt(dim)
         self.k, self.done, self.max_cos, self.history = 0, "", 2., []
     def step(self, seconds=0., cpu=0.):
@@ -63,10 +63,12 @@ class OrbitHinge:
         g, top, q, r = orbit_gradient(y, self.t)
         if top < self.max_cos: self.max_cos, self.best = top, y
         self.history.append(dict(step=self.k, seconds=float(seconds), cpu=float(cpu), max_cos=top, threshold=self.t, contacts=q, overlap=r, guards=self.guards))
-        self.rises = self.rises + 1 if r > 1.5*self.calm + .05 else 0; self.k += 1
+        if self.first != self.first: self.first = r
+        stuck = self.k > self.grace and r > .8*self.first
+        self.rises = self.rises + 1 if r > 1.5*self.calm + .05 or stuck else 0; self.k += 1
         if r < self.calm: self.calm, self.quiet = r, y
         if not (math.isfinite(top) and bool(g.isfinite().all())) or self.rises >= 3:
-            self.guards += 1; self.rises = 0; self.scale /= 2; self.x, self.v = self.quiet.clone(), v*0
+            self.guards += 1; self.rises = 0; self.grace = self.k + 12; self.scale /= 2; self.x, self.v = self.quiet.clone(), v*0
             if self.guards > 12: self.done = "diverged: the best points so far are kept"
             return True
         g = g - (g*y).sum(1, keepdim=True)*y; qq = max(q, 8.)
@@ -88,10 +90,10 @@ class OrbitHinge:
     def state(self):
         import json
         return dict(x=self.x.cpu().numpy(), v=self.v.cpu().numpy(), best=self.best.cpu().numpy(), quiet=self.quiet.cpu().numpy(), history=np.array(json.dumps(self.history)),
-                    numbers=np.array([self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.budget], np.float64))
+                    numbers=np.array([self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.budget, self.first, self.grace], np.float64))
     def load(self, state):
         import json
         import torch
         for name in ("x", "v", "best", "quiet"): setattr(self, name, torch.from_numpy(state[name]).to(self.x.device))
-        self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.budget = state["numbers"].tolist()
-        self.k, self.guards, self.rises, self.budget = int(self.k), int(self.guards), int(self.rises), int(self.budget); self.history = json.loads(str(state["history"]))
+        self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.budget, self.first, self.grace = state["numbers"].tolist()
+        self.k, self.guards, self.rises, self.budget, self.grace = int(self.k), int(self.guards), int(self.rises), int(self.budget), int(self.grace); self.history = json.loads(str(state["history"]))

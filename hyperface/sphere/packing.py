@@ -61,7 +61,7 @@ class PackResult:
         extra = {} if self.anchors is None else {"anchors": self.anchors}
         return write_npz(path, points=self.points, about=np.array(json.dumps(_plain(self.as_dict() | {"history": self.history}))), **extra)
 
-# %% ../../nbs/32_packing.ipynb #ddc29f0c
+# %% ../../nbs/32_packing.ipynb #b59073ea
 def load_packing(path # an `.npz` that PackResult.save wrote
                  ) -> PackResult:
     "Read a packing back; `DataError` if the file is not one."
@@ -85,6 +85,7 @@ def _packing_html(self) -> str:
     rows.append(("steps", f"{self.steps:,}, {self.cpu_seconds:.1f} s of processor time; {self.reason or ('converged' if self.converged else 'not converged')}"))
     return "<table>" + "".join(f"<tr><td style='text-align:left'>{k}</td><td style='text-align:left'>{v}</td></tr>" for k, v in rows) + "</table>"
 PackResult._repr_html_ = _packing_html
+PackResult.__repr__ = lambda self: f"PackResult({self.method}: {len(self.points):,} x {self.points.shape[1]}, {self.min_angle_deg:.3f} deg, bound {self.bound_deg:.3f})"
 
 # %% ../../nbs/32_packing.ipynb #086de586
 def leading_subspace(gallery,        # (m, d) unit
@@ -274,7 +275,7 @@ def hinge_gradient(y,              # (n, d) unit float32 torch
                 if b > a: grad[b:b + block].addmm_(s.T, mine)
     return grad, float(torch.stack(top).max()) + t, q, r
 
-# %% ../../nbs/32_packing.ipynb #9d57127a
+# %% ../../nbs/32_packing.ipynb #0536ff36
 def to_caps(x, anchors, cosines):
     "Rows outside the cap of cosine c round their anchor, moved to its rim; c one number a row (n, 1)."
     import torch
@@ -304,7 +305,7 @@ class Hinge:
         self.free = anchors is None and fixed is None and n >= 4*d and d >= 16
         self.t = isostatic_cosine(n, d) - .27/math.sqrt(d) if self.free else float("nan")
         self.n, self.k, self.done, self.max_cos, self.best, self.quiet, self.history = n, 0, "", 2., x.clone(), x.clone(), []
-        self.guards, self.rises, self.calm, self.frozen, self.finish = 0, 0, math.inf, 0, 0
+        self.guards, self.rises, self.calm, self.frozen, self.finish, self.first, self.grace = 0, 0, math.inf, 0, 0, math.nan, 10
     def pace(self, seconds:float, most:float):
         "Fit the number of steps to the time allowed, from the time they took so far."
         if self.k >= 3 and not self.frozen and self.k % 5 == 3: self.budget = max(self.k + 2, int(.9*self.k*most/max(seconds, 1e-3)))
@@ -315,12 +316,12 @@ class Hinge:
         rows = torch.from_numpy(rng(self.seed, "threshold", self.k).choice(len(self.x), min(96, len(self.x)), replace=False)).to(self.x.device)
         cos = self.x[rows] @ self.x.T; cos[torch.arange(len(rows)), rows] = -2.
         if self.fixed is not None: cos = torch.cat([cos, self.x[rows] @ self.fixed.T], 1)
-        start, end = min(3.2*d, .45*n), min(.7*d, .4*n)
+        start, end = min(3.2*d, .45*n), min(.7*d, .7*n)
         q = max(1., start + (end - start)*min(self.k/self.budget, 1))
         level = torch.kthvalue(cos.flatten().float(), max(1, int(cos.numel() - q*len(rows)))).values
         self.t = float(level) if self.t != self.t else .5*self.t + .5*float(level)
 
-# %% ../../nbs/32_packing.ipynb #16779fb0
+# %% ../../nbs/32_packing.ipynb #c1217315
 def _hinge_step(self, seconds=0., cpu=0.):
     "One look-ahead step, with the guard; returns whether a checkpoint may follow."
     x, v, mu = self.x, self.v, self.momentum
@@ -332,10 +333,12 @@ def _hinge_step(self, seconds=0., cpu=0.):
     if top < self.max_cos: self.max_cos, self.best = top, y
     self.history.append(dict(step=self.k, seconds=float(seconds), cpu=float(cpu), max_cos=top, threshold=self.t, contacts=q, overlap=r, guards=self.guards))
     unrest, allowed = (r, 1.5*self.calm + .05) if self.free else (top, self.calm + .25*abs(self.calm) + .03) # a threshold that may fall makes r grow
-    self.rises = self.rises + 1 if unrest > allowed else 0; self.k += 1
+    if self.first != self.first: self.first = r
+    stuck = self.free and self.k > self.grace and r > .8*self.first
+    self.rises = self.rises + 1 if unrest > allowed or stuck else 0; self.k += 1
     if unrest < self.calm: self.calm, self.quiet = unrest, y
     if not (math.isfinite(top) and math.isfinite(q) and bool(g.isfinite().all())) or self.rises >= 3:
-        self.guards += 1; self.rises = 0; self.scale /= 2
+        self.guards += 1; self.rises = 0; self.grace = self.k + 12; self.scale /= 2
         self.x, self.v = self.quiet.clone(), self.v*0
         if self.guards > 12: self.done = "diverged: the best points so far are kept"
         return True
@@ -364,14 +367,14 @@ def _hinge_threshold(self, top:float, q:float):
 
 def _hinge_state(self):
     return dict(x=self.x.cpu().numpy(), v=self.v.cpu().numpy(), best=self.best.cpu().numpy(), quiet=self.quiet.cpu().numpy(), history=np.array(json_text(self.history)),
-                numbers=np.array([self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.frozen, self.finish, self.budget], np.float64))
+                numbers=np.array([self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.frozen, self.finish, self.budget, self.first, self.grace], np.float64))
 
 def _hinge_load(self, state):
     import json
     import torch
     for name in ("x", "v", "best", "quiet"): setattr(self, name, torch.from_numpy(state[name]).to(self.x.device))
-    self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.frozen, self.finish, self.budget = state["numbers"].tolist()
-    for name in ("k", "guards", "rises", "frozen", "finish", "budget"): setattr(self, name, int(getattr(self, name)))
+    self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.frozen, self.finish, self.budget, self.first, self.grace = state["numbers"].tolist()
+    for name in ("k", "guards", "rises", "frozen", "finish", "budget", "grace"): setattr(self, name, int(getattr(self, name)))
     self.history = json.loads(str(state["history"]))
 
 def json_text(x) -> str:
