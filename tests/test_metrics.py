@@ -139,7 +139,7 @@ def test_insightface_from_its_embeddings():
     "The distance route (vectors, squared differences, grids) gives what the score route gives."
     g = rng(0, "insightface")
     y = np.tile(np.repeat([True, False], 30), 10)
-    a = g.standard_normal((600, 32)); b = np.where(y[:, None], a + .9*g.standard_normal((600, 32)), g.standard_normal((600, 32)))
+    a = g.standard_normal((600, 32)); b = np.where(y[:, None], a + 2*g.standard_normal((600, 32)), g.standard_normal((600, 32)))
     a, b = (x/np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
     d = ((a - b)**2).sum(1)
     fold, grid, fine, target = np.repeat(np.arange(10), 60), np.arange(0, 4, .01), np.arange(0, 4, .001), .02
@@ -155,7 +155,30 @@ def test_insightface_from_its_embeddings():
     assert np.array_equal(V.kfold_accuracy(s, y, protocol="insightface").accuracies, accuracies)
     val = V.val_at_far(s, y, far=target)
     assert np.allclose(val.values, values, rtol=0, atol=1e-15) and np.allclose(val.fars, fars, rtol=0, atol=1e-15)
-    assert val.std == pytest.approx(np.std(values), abs=1e-15)
+    assert np.std(values) > .01 and val.std == pytest.approx(np.std(values), abs=1e-15)
+
+
+@pytest.mark.parametrize("target", [.1, .2, .25, .5])
+def test_val_at_grid_points(target):
+    "Distances that lie exactly on the grid: a pair at the threshold is rejected."
+    for seed in range(5):
+        g, y = rng(seed, "val"), np.tile(np.repeat([True, False], 20), 4)
+        s = 1 - np.where(y, g.integers(1, 6, 160), g.integers(3, 8, 160))*.125/2   # d = 2 - 2s is a multiple of 1/8, exactly
+        d, fold, grid = 2 - 2*s, np.repeat(np.arange(4), 40), np.arange(0, 4, .001)
+        val = V.val_at_far(s, y, far=target, folds=4)
+        for f in range(4):
+            far = np.array([np.mean(d[(fold != f) & ~y] < x) for x in grid])
+            t = np.interp(target, far, grid)
+            assert val.thresholds[f] == t
+            assert val.values[f] == np.mean(d[(fold == f) & y] < t) and val.fars[f] == np.mean(d[(fold == f) & ~y] < t)
+
+
+def test_val_rejects_at_the_threshold():
+    y = np.array([1, 1, 0, 0]*2); d = np.array([.5, 1., 1., 1.5]*2)               # far is 0 up to d = 1, one half above: never above 1/4
+    val = V.val_at_far(1 - d/2, y, far=.25, folds=2)
+    assert (val.thresholds > 1).all() and (val.thresholds < 1.0015).all() and (val.values == 1).all()
+    far_apart = V.val_at_far(1 - np.array([.5, 3.9, 3.999, 3.999]*2)/2, y, far=.25, folds=2)
+    assert (far_apart.thresholds == 0).all() and (far_apart.values == 0).all()    # the grid never reaches the target
 
 
 def test_a_curve_without_plateaus_interpolates_as_scipys_slinear():
@@ -285,6 +308,8 @@ def test_streaming_encloses_the_exact_figures(seed, step, dtype):
     assert bracket.low - slack <= value <= bracket.high + slack and bracket.low <= bracket <= bracket.high
     bracket, value = stream.eer(), V.eer(exact)
     assert bracket.low - slack <= value <= bracket.high + slack and bracket.low <= bracket <= bracket.high
+    above = int(np.argmax(edges.far >= edges.frr))                        # the smallest box that the edges allow
+    assert stream.eer().low == max(edges.far[above - 1], edges.frr[above]) and stream.eer().high == min(edges.far[above], edges.frr[above - 1])
     for far in (0, 1e-3, .01, .2, 1):
         bracket, value = stream.tar_at_far(far), V.tar_at_far(exact, far=far)
         assert bracket.low <= value <= bracket.high and edges.at(bracket.threshold)["far"] <= far
@@ -398,6 +423,7 @@ def test_the_papers_counts(counts, accuracy, f1, specificity, recall):
     c = C.Confusion(**dict(zip(("tp", "fn", "fp", "tn"), counts)))
     assert (round(c.accuracy, 4), round(c.f1, 4), round(c.specificity, 4), round(c.recall, 4)) == (accuracy, f1, specificity, recall)
     assert c.sensitivity == c.recall and c.fpr == pytest.approx(1 - c.specificity) and c.fnr == pytest.approx(1 - c.recall)
+    assert C.Confusion(tp=0, fn=5, fp=0, tn=5).f1 == 0 and math.isnan(C.Confusion(tp=0, fn=0, fp=0, tn=5).f1)
     exact = Fraction(2*c.tp, 2*c.tp + c.fp + c.fn)
     assert abs(c.f1 - float(exact)) < 1e-15
 
@@ -454,6 +480,7 @@ def test_fairness_is_its_formulas():
     r = F.fairness(s, y, a, b, far=.02)
     t = V.tar_at_far(s, y, far=.02).threshold
     fmr = np.array([np.mean(s[~y & (a == k) & (b == k)] >= t) for k in range(4)]); fnmr = np.array([np.mean(s[y & (a == k)] < t) for k in range(4)])
+    assert r.table.impostor.tolist() == [int((~y & (a == k) & (b == k)).sum()) for k in range(4)] and r.table.genuine.tolist() == [int((y & (a == k)).sum()) for k in range(4)]
     assert r.threshold == t and np.allclose(r.table.FMR, fmr, atol=1e-15) and np.allclose(r.table.FNMR, fnmr, atol=1e-15)
     gini = lambda x: 4/3*np.abs(x[:, None] - x[None]).sum()/(2*16*x.mean())
     expect = {"FMR gap": np.ptp(fmr), "FNMR gap": np.ptp(fnmr), "FMR std": fmr.std(), "FNMR std": fnmr.std(), "FMR Gini (FPD)": gini(fmr), "FNMR Gini (FND)": gini(fnmr),
@@ -478,6 +505,25 @@ def test_equal_groups_are_fair():
     s, y, *_ = groups(2)
     twice = F.fairness(np.tile(s, 2), np.tile(y, 2), np.repeat(["x", "y"], len(s)), far=.05)
     for name, value in twice.summary.items(): assert float(value) == pytest.approx(F.FAIR[name], abs=1e-12), name
+
+
+def test_genuine_pairs_of_two_groups_count_in_neither():
+    s, y, a, b = groups(6)
+    b = np.where(y & (np.arange(len(s)) % 5 == 0), (a + 1) % 4, b)          # photographs of one person at two ages
+    r = F.fairness(s, y, a, b, threshold=.3)
+    assert r.table.genuine.tolist() == [int((y & (a == k) & (b == k)).sum()) for k in range(4)]
+    assert r.table.FNMR.tolist() == [np.mean(s[y & (a == k) & (b == k)] < .3) for k in range(4)]
+    assert f"{int((y & (a != b)).sum()):,} genuine pairs join two groups" in r.note
+    with pytest.raises(DataError, match="two groups"): F.chance_level(r, np.where(y, 0, np.arange(len(s)) + 1), np.where(y, 0, -np.arange(len(s)) - 1), n=5)
+
+
+def test_p_values_count_the_measured_labels_as_one_shuffle():
+    s, y, p, q = population(1, people=24, per=4)
+    group = np.repeat(["x", "y"], 12)
+    r = F.fairness(np.where(y & (group[p] == "y"), s - .9, s), y, group[p], group[q], far=.02)
+    assert F.chance_level(r, p, q, n=19).loc["FNMR gap", "p"] == pytest.approx(1/20)
+    same = F.fairness(np.where(y, .9, .1), y, group[p], group[q], far=.02)   # no errors at all: every shuffle ties
+    assert F.chance_level(same, p, q, n=19).loc["FNMR gap", "p"] == 1
 
 
 def test_weighted_fairness_is_repetition():
