@@ -64,6 +64,17 @@ def stable_id(source: str, kind: str, taken: set[str]) -> str:
     raise RuntimeError("too many equal cells")
 
 
+def joined(outputs: list) -> list:
+    "Consecutive pieces of one stream as one: where it is cut depends on timing."
+    kept: list = []
+    for output in outputs:
+        if kept and output.output_type == "stream" == kept[-1].output_type and output.name == kept[-1].name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
 def clean(nb):
     "Drop what differs from run to run: execution counts, timings, kernel details, all cell metadata but tags."
     nb.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
@@ -73,6 +84,7 @@ def clean(nb):
         if cell.cell_type != "code":
             continue
         cell.execution_count = None
+        cell.outputs = joined(cell.outputs)
         for output in cell.outputs:
             if "execution_count" in output:
                 output["execution_count"] = None
