@@ -293,10 +293,11 @@ REC_DAMAGE = {
     "half a billion bytes": (lambda g: dict(rec=patched(g["rec"], offsets_of(g)[3] + 4, struct.pack("<I", 2**29 - 1)) + bytes(2**20)), "cut off"),
     "a middle part": (lambda g: dict(rec=patched(g["rec"], offsets_of(g)[3] + 7, bytes([0x40]))), "middle part"),
     "index: text": (lambda g: dict(idx=b"not\tan index\n"), "not an index"), "index: negative": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n3\t-")), "outside the file"),
-    "index: beyond": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n3\t99999")), "outside the file"), "index: a key twice": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n2\t")), "key twice"),
+    "index: beyond": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n3\t99999")), "outside the file"), "index: a key twice": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n2\t")), "the key 2 twice"),
     "index: into a record": (lambda g: dict(idx=g["idx"].replace(b"\n3\t%d" % offsets_of(g)[3], b"\n3\t%d" % (offsets_of(g)[3] + 4))), "no record begins"),
-    "index: an offset twice": (lambda g: dict(idx=g["idx"].replace(b"\n3\t%d" % offsets_of(g)[3], b"\n3\t%d" % offsets_of(g)[2])), "offset twice"),
-    "index: empty": (lambda g: dict(idx=b""), "not an index"), "index: 10^30": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n3\t" + b"9"*30)), "not an index"),
+    "index: an offset twice": (lambda g: dict(idx=g["idx"].replace(b"\n3\t%d" % offsets_of(g)[3], b"\n3\t%d" % offsets_of(g)[2])), "the offset [0-9]+ twice"),
+    "index: 4.7": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n3.7\t")), "not an index"), "index: 1e300": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n3\t1e300")), "not an index"),
+    "index: three columns": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n3\t3\t")), "not an index"), "index: empty": (lambda g: dict(idx=b""), "not an index"), "index: 10^30": (lambda g: dict(idx=g["idx"].replace(b"\n3\t", b"\n3\t" + b"9"*30)), "not an index"),
     "record 0 says a million": (lambda g: dict(rec=patched(g["rec"], 32, struct.pack("<f", 1e6))), "record 0"), "record 0 says NaN": (lambda g: dict(rec=patched(g["rec"], 32, struct.pack("<f", np.nan))), "record 0"),
     "list: another label": (lambda g: dict(lst=g["lst"].replace(b"3\t1\t", b"3\t0\t")), "another label"), "list: leads out": (lambda g: dict(lst=g["lst"].replace(b"1/2.png", b"../../2.png")), "leads out"),
     "list: absolute": (lambda g: dict(lst=g["lst"].replace(b"1/2.png", b"/etc/passwd")), "leads out"), "list: a record missing": (lambda g: dict(lst=g["lst"].split(b"\n", 1)[1]), "does not list"),
@@ -554,6 +555,16 @@ def test_damaged_records_parquet(content, tmp_path):
     (tmp_path/"records.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"records\.parquet"):
         Records.load(tmp_path)
+
+
+def test_a_table_whose_text_is_no_text(tmp_path):
+    path = Records.from_arrays(np.zeros((2, 4, 4, 3), np.uint8), image=["abcdef", "ghijkl"]).save(tmp_path/"s")/"records.parquet"
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    bad = pa.Array.from_buffers(pa.large_string(), 1, [None, pa.py_buffer(np.array([0, 3], np.int64).tobytes()), pa.py_buffer(b"\xff\xfe\x01")])
+    pq.write_table(pa.table(dict(image=bad, identity=["x"])), path)
+    with pytest.raises(DataError, match=r"records\.parquet"):
+        Records.load(path.parent).images()
 
 
 def test_damaged_images_in_a_folder_are_reported(tmp_path):

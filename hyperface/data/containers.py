@@ -309,7 +309,7 @@ def write_bin(records:Records, # rows 2k and 2k+1 are pair k
         pickle.dump((list(encoded_images(records, **options)), [bool(s) for s in same]), f, protocol=4)
     return Path(path)
 
-# %% ../../nbs/12a_containers.ipynb #7e7ca7ab
+# %% ../../nbs/12a_containers.ipynb #4b1908d1
 MAGIC, PART = 0xced7230a, 29
 HEADER = struct.Struct("<IfQQ")                                    # flag, label, id, id2
 
@@ -336,18 +336,18 @@ def _scan_rec(file:OpenFile, skipped:Skipped, on_error:str) -> np.ndarray: # (N,
 
 def _read_idx(path:Path) -> tuple[np.ndarray, np.ndarray]: # keys (N,), offsets (N,)
     "The index of a `.rec`: lines of key, offset."
-    try: table = pd.read_csv(path, sep="\t", header=None, names=["key", "offset"], dtype=np.int64, comment=None)
+    from pyarrow import csv, int64
+    try:
+        table = csv.read_csv(path, csv.ReadOptions(column_names=["key", "offset"]), csv.ParseOptions(delimiter="\t"),
+                             csv.ConvertOptions(column_types={"key": int64(), "offset": int64()}, null_values=[]))
     except Exception as e:
-        raise DataError(f"{path} is not an index of 'key, tab, offset' lines: {str(e)[:120]}", None,
-                        "Delete it: the index is rebuilt from the .rec") from e
+        raise DataError(f"{path} is not an index of 'key, tab, offset' lines: {str(e)[:120]}", None, "Delete it: the index is rebuilt from the .rec") from e
     keys, offsets = table["key"].to_numpy(), table["offset"].to_numpy()
     if not len(keys): raise DataError(f"{path} is empty, not an index", None, "Delete it: the index is rebuilt from the .rec")
-    if len(np.unique(keys)) != len(keys):
-        raise DataError(f"{path} has a key twice", int(table["key"][table["key"].duplicated()].iloc[0]),
-                        "Delete it: the index is rebuilt from the .rec")
-    if len(np.unique(offsets)) != len(offsets):
-        raise DataError(f"{path} has an offset twice", int(table["offset"][table["offset"].duplicated()].iloc[0]),
-                        "Delete it: the index is rebuilt from the .rec")
+    for name, values in (("key", keys), ("offset", offsets)):
+        ordered = np.sort(values)
+        if (ordered[1:] == ordered[:-1]).any():
+            raise DataError(f"{path} has the {name} {ordered[1:][ordered[1:] == ordered[:-1]][0]} twice", None, "Delete it: the index is rebuilt from the .rec")
     return keys, offsets
 
 # %% ../../nbs/12a_containers.ipynb #25f5803b

@@ -436,7 +436,7 @@ def write_images(records:Records, # what to write
         (folder/name).write_bytes(content)
     return names
 
-# %% ../../nbs/10_records.ipynb #63b535c2
+# %% ../../nbs/10_records.ipynb #81c946cc
 def write_table(table:pd.DataFrame, # of records
                 name:str,           # what the set is called
                 path:Path,          # "records.parquet"
@@ -451,6 +451,7 @@ def read_table(path:Path # "records.parquet"
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         found = pq.read_table(path)
+        found.validate(full=True)                                  # text that is not UTF-8, offsets that lead nowhere
         name = (found.schema.metadata or {}).get(b"hyperface.name")
         return found.to_pandas(types_mapper=lambda t: pd.ArrowDtype(t) if pa.types.is_fixed_size_list(t) else None, ignore_metadata=True), name and name.decode()
     except Exception as e: raise DataError(f"{path} cannot be read: {e}", None, "Write the set again") from e
