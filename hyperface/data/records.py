@@ -43,7 +43,7 @@ class ArraySource(Source):
     def where(self, i): return f"image {i} in memory"
     def pixels(self, i): return np.asarray(self.array[i])
 
-# %% ../../nbs/10_records.ipynb #2756d012
+# %% ../../nbs/10_records.ipynb #1a41284b
 def inside(root:Path, # a folder
            name:str,  # a relative path from a table or an archive
            base:str|None=None, # the folder's real path, where it is known already
@@ -64,8 +64,10 @@ class FileSource(Source):
                  ):
         self.root, self.names, self.base = Path(root), names, os.path.realpath(root)
     def __len__(self): return len(self.names)
-    def where(self, i): return str(self.root/str(self.names.iloc[i]))
-    def encoded(self, i): return read_file(inside(self.root, str(self.names.iloc[i]), self.base))
+    def where(self, i): return str(self.root/str(self.names.array[i]))
+    def path(self, i): return inside(self.root, str(self.names.array[i]), self.base)
+    def encoded(self, i): return read_file(self.path(i))
+    def pixels(self, i): path = self.path(i); return decode_image(read_file(path), path)
 
 # %% ../../nbs/10_records.ipynb #a73a27c5
 WORDS = ("identity", "split", "gender", "ethnicity", "expression")
@@ -297,7 +299,7 @@ def select_records(records:Records,
     out.format = records.format
     return out
 
-# %% ../../nbs/10_records.ipynb #3b470d0b
+# %% ../../nbs/10_records.ipynb #adc3b498
 def read_images(records:Records,
                 indices=None, # positions, mask, slice or query; None: all
                 size=None,    # side in pixels or (height, width); None: as stored
@@ -311,7 +313,8 @@ def read_images(records:Records,
         if out is None: shape, out = picture.shape, np.empty((len(rows), 3, *picture.shape[:2]), np.float32)
         if picture.shape != shape:
             raise DataError(f"Images of different sizes: {shape[1]}x{shape[0]}, but {records.source.where(int(row))} has {picture.shape[1]}x{picture.shape[0]}", None, "Pass size=112")
-        np.multiply(picture.transpose(2, 0, 1), np.float32(1/127.5), out=out[k]); out[k] -= 1
+        np.multiply(picture.transpose(2, 0, 1), np.float32(1/127.5), out=out[k])
+        np.subtract(out[k], np.float32(1), out=out[k])
     if out is None:
         h, w = (size, size) if np.isscalar(size) else size or (0, 0)
         return np.zeros((0, 3, h, w), np.float32)
