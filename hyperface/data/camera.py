@@ -134,7 +134,7 @@ def normals(hit:dict, m:torch.Tensor) -> list: # three (B, H, W)
     n = torch.rsqrt(dot(N, N))
     return [t*n for t in N]
 
-# %% ../../nbs/11d_camera.ipynb #fdeec627
+# %% ../../nbs/11d_camera.ipynb #0ba28b52
 def head_layer(p:dict, size:int, view:int, upright:bool):
     "Trace and paint the head: everything later stages need about it."
     R = map_resolution(size); B = len(p["eye_x"])
@@ -142,7 +142,7 @@ def head_layer(p:dict, size:int, view:int, upright:bool):
     maps = torch.cat([with_slopes(full), fields(p, R)], 1)
     turn = rotation(p["yaw"], p["pitch"], p["roll"])
     cam = camera(landmarks3d(p, bare[:, None]), turn, p["distance"], p["jitter"], view, upright)
-    pixel = 1/cam["a"].abs(); p["pixel"] = .5*pixel/1.0
+    pixel = torch.rsqrt(cam["a"].real**2 + cam["a"].imag**2); p["pixel"] = .5*pixel/1.0
     light = lights(p, turn); p["light_x"], p["light_y"] = light["side"][0], light["side"][1]
     hit = trace(maps[:, :1].contiguous(), cam, size, pixel, (p["yaw"].abs() > 14) | (p["pitch"].abs() > 20))
     u, v = hit["u"], hit["v"]
@@ -275,7 +275,7 @@ def _noise_bank() -> np.ndarray:
         _BANK.append(.7*x + .7*x.mean(-1, keepdims=True))
     return _BANK[0]
 
-# %% ../../nbs/11d_camera.ipynb #bb7fb420
+# %% ../../nbs/11d_camera.ipynb #431a01a8
 def photograph(p:dict, seeds:list, size:int, upright:bool=True):
     "From parameters to pictures: (B, H, W, 3) uint8, camera, hit. The canvas is a multiple of eight and is cut to size."
     canvas = -(-size//8)*8
@@ -289,8 +289,11 @@ def photograph(p:dict, seeds:list, size:int, upright:bool=True):
     grey = (x[0]*.3 + x[1]*.59 + x[2]*.11)
     x = (grey + (x - grey)*p["saturation"][:, None, None]).clamp(0, 1)
     x = x.permute(1, 2, 3, 0).contiguous().numpy()
-    out = np.empty((B, size, size, 3), np.uint8)
+    out = np.empty((B, size, size, 3), np.uint8); cam["covered"] = np.zeros((B, 5), bool)
+    place = cam["landmarks"].round().long().clamp(0, size - 1).numpy(); rows, columns = place[..., 1], place[..., 0]
+    each = torch.arange(B)[:, None]; cam["behind"] = (hit["z"][each, torch.as_tensor(rows), torch.as_tensor(columns)] > cam["depth"] + .10).numpy()
     for i in range(B):
         y = hand(x[i], derive_seed(seeds[i], "hand"), develop(skin_colour(p["skin_tone"][i:i+1], p["redness"][i:i+1]*0 + .5, p["yellow"][i:i+1])[:, 0]*1.1*p["exposure"][i]).numpy(), size) if p["hand"][i] > 0 else x[i]
+        if p["hand"][i] > 0: cam["covered"][i] = np.abs(y - x[i])[rows[i], columns[i]].max(-1) > .02
         out[i] = sensor(y, float(p["blur"][i]), float(p["noise"][i]), float(p["jpeg"][i]), derive_seed(seeds[i], "sensor"))
     return out, cam, hit

@@ -34,27 +34,27 @@ def chart(resolution:int, # texels on a side
     q = u*u + v*v
     return t, torch.stack([2*u, 2*v, 1 - q])/(1 + q)                  # (3, R, R)
 
-# %% ../../nbs/11a_head.ipynb #0bbbd8a3
+# %% ../../nbs/11a_head.ipynb #6f38fc5f
 # name: (mean, standard deviation, men minus women, child minus adult, at eighty minus at thirty)
 SHAPE = dict(
-    head_width=(.742, .022, .010, -.005, 0), head_top=(1.16, .03, 0, .02, 0), head_low=(1.11, .03, .015, -.11, .035), head_depth=(.93, .015, 0, 0, 0),
-    eye_x=(.179, .007, .002, .014, -.002), eye_size=(.095, .005, -.003, .010, -.005), eye_open=(.0338, .0040, -.0075, .008, -.006),
-    eye_tilt=(.05, .035, -.015, 0, -.05), eye_depth=(.050, .010, .012, -.022, .014), lid_fold=(.022, .005, -.008, 0, -.004),
-    brow_y=(.114, .008, -.021, .012, -.008), brow_thick=(.0165, .003, .0095, -.004, .001), brow_arch=(.016, .006, -.014, 0, -.004), brow_ridge=(.014, .010, .030, -.016, .002),
-    nose_length=(-.165, .009, -.004, .022, .002), nose_width=(.064, .0065, .006, -.004, .005), nose_height=(.142, .020, .012, -.060, .012),
+    head_width=(.742, .022, .010, -.005, 0), head_top=(1.16, .03, 0, .02, 0), head_low=(1.10, .03, .025, -.11, .05), head_depth=(.93, .015, 0, 0, 0),
+    eye_x=(.179, .007, .002, .014, -.006), eye_size=(.095, .005, -.003, .010, -.005), eye_open=(.0322, .0040, -.0095, .008, -.006),
+    eye_tilt=(.06, .035, -.020, 0, -.08), eye_depth=(.050, .010, .012, -.022, .014), lid_fold=(.022, .005, -.008, 0, -.004),
+    brow_y=(.113, .008, -.024, .012, -.013), brow_thick=(.0158, .003, .0115, -.004, .001), brow_arch=(.016, .006, -.017, 0, -.004), brow_ridge=(.013, .010, .036, -.016, .002),
+    nose_length=(-.166, .009, -.004, .020, .006), nose_width=(.064, .0065, .006, -.004, .005), nose_height=(.142, .020, .012, -.060, .012),
     nose_bridge=(.073, .020, .022, -.050, 0), nose_hump=(.002, .011, .006, -.006, .004), nose_tip=(.043, .006, .002, .003, .003),
-    mouth_y=(-.331, .010, -.010, .026, -.012), mouth_width=(.130, .009, .005, -.014, 0), lip_upper=(.0240, .0045, -.0040, .001, -.007), lip_lower=(.0330, .0055, -.0035, .001, -.007),
-    lip_forward=(.034, .012, -.004, .004, -.014), chin_y=(-.540, .015, -.012, .060, 0), chin_width=(.102, .018, .026, -.012, .010), chin_forward=(.120, .020, .004, -.060, .008),
-    jaw=(.012, .022, .046, -.050, .014), cheekbone=(.040, .018, -.006, -.015, .004), cheek=(.014, .024, -.006, .070, -.065), forehead=(.012, .022, -.014, .055, -.008),
+    mouth_y=(-.329, .010, -.012, .024, -.018), mouth_width=(.130, .009, .005, -.014, 0), lip_upper=(.0240, .0045, -.0055, .001, -.007), lip_lower=(.0330, .0055, -.0035, .001, -.007),
+    lip_forward=(.034, .012, -.004, .004, -.014), chin_y=(-.540, .015, -.012, .060, 0), chin_width=(.102, .018, .026, -.012, .020), chin_forward=(.120, .020, .004, -.060, .008),
+    jaw=(.008, .022, .056, -.050, .024), cheekbone=(.038, .018, -.006, -.015, .012), cheek=(.014, .024, -.006, .070, -.065), forehead=(.012, .022, -.014, .055, -.008),
     temple=(-.015, .010, -.003, .012, -.012), muzzle=(.125, .012, .003, -.010, 0), jowl=(0, .006, .002, .006, .028), weight=(.0, .030, .0, .010, -.010), ear_out=(.34, .10, .03, .08, .03), ear_size=(1.0, .09, .05, -.06, .12))
 RESIDUALS = 12    # unnamed bumps at fixed places: what makes a face individual beyond the named features
 
-# %% ../../nbs/11a_head.ipynb #39071096
+# %% ../../nbs/11a_head.ipynb #c9f6b2fd
 ACTIONS = dict(au1="inner brows up", au2="outer brows up", au4="brows down and together", au5="upper lids up", au6="cheeks up", au7="lids tight", au9="nose wrinkled",
     au10="upper lip up", au12="lip corners up", au14="one corner up (dimple)", au15="lip corners down", au17="chin up", au20="lips stretched", au23="lips pressed", au25="lips parted", au26="jaw dropped")
-EXPRESSIONS = dict(neutral={}, happiness=dict(au6=1.1, au12=1.15, au25=.75, au7=.3, au26=-.12, au1=-.15), sadness=dict(au1=1, au15=1, au17=.75, au4=.45, au5=-.45, au7=.2),
-    surprise=dict(au1=.9, au2=1, au5=1, au25=.5, au26=1), fear=dict(au1=1.2, au2=.15, au4=.65, au5=1.15, au20=1.15, au25=.65, au26=.05),
-    anger=dict(au4=1.6, au1=-.4, au5=.15, au7=.9, au23=1.15, au17=.5, au9=.6, au15=.75), disgust=dict(au9=1.3, au10=.85, au4=1.1, au7=.9, au6=.2, au15=.75, au12=-.25, au17=.1, au25=.2, au26=.25),
+EXPRESSIONS = dict(neutral={}, happiness=dict(au6=1.1, au12=1.15, au25=.75, au7=.3, au26=-.12, au1=-.15), sadness=dict(au1=1.25, au2=-.3, au15=1.15, au17=.8, au4=.5, au5=-.55, au7=.3, au23=.2),
+    surprise=dict(au1=.9, au2=1, au5=1, au25=.5, au26=1), fear=dict(au1=1.5, au2=-.1, au4=.75, au5=1.15, au20=1.3, au25=.75, au15=.2),
+    anger=dict(au4=1.6, au1=-.4, au5=.15, au7=.9, au23=1.15, au17=.5, au9=.6, au15=.75), disgust=dict(au9=1.3, au10=1.2, au4=1.2, au7=1.0, au6=.3, au15=.6, au12=-.35, au25=.55, au26=.3),
     contempt=dict(au14=1, au12=.1, au2=.25, au7=.2))
 
 def action_vector(expression:str, # a name of `EXPRESSIONS`
@@ -167,18 +167,19 @@ def landmarks3d(p:dict, maps:torch.Tensor) -> torch.Tensor: # (B, 5, 3) head fra
     v = torch.stack([0*eu, 0*eu, p["nose_length"], mc, mc + .052*p["au14"]], 1)
     return point(sample(maps[:, :1], u, v)[:, 0], u, v)
 
-# %% ../../nbs/11a_head.ipynb #0622f025
+# %% ../../nbs/11a_head.ipynb #19104747
 def align(points:torch.Tensor, # (B, 5, 2) projected landmarks, y upwards
           target:torch.Tensor, # (B, 5, 2) where they shall be, pixels, y downwards
           upright:bool=True,   # also take out the rotation, as five-point alignment does
           ):                   # (a, b) complex (B,): pixel = a*point + b, with y upwards
     "The least-squares similarity from camera plane to pixels, in closed form."
-    s = torch.complex(points[..., 0], points[..., 1]); t = torch.complex(target[..., 0], -target[..., 1])
-    sm, tm = s.mean(1), t.mean(1)
-    s, t = s - sm[:, None], t - tm[:, None]
-    a = (s.conj()*t).sum(1)/(s.abs()**2).sum(1)
-    if not upright: a = torch.complex(a.abs(), torch.zeros_like(a.real))
-    return a, tm - a*sm
+    x, y, X, Y = points[..., 0], points[..., 1], target[..., 0], -target[..., 1]
+    total = lambda q: ((q[:, 0] + q[:, 1]) + (q[:, 2] + q[:, 3])) + q[:, 4]         # a stated order: the same bits in any batch
+    mean = [total(q)/5 for q in (x, y, X, Y)]
+    x, y, X, Y = (q - m[:, None] for q, m in zip((x, y, X, Y), mean))
+    size = total(x*x + y*y); re, im = total(x*X + y*Y)/size, total(x*Y - y*X)/size
+    if not upright: re, im = torch.sqrt(re*re + im*im), torch.zeros_like(im)
+    return torch.complex(re, im), torch.complex(mean[2] - (re*mean[0] - im*mean[1]), mean[3] - (re*mean[1] + im*mean[0]))
 
 def camera(points3d:torch.Tensor, # (B, 5, 3) landmarks in the head frame
            turn:torch.Tensor,     # (B, 3, 3)
@@ -191,18 +192,18 @@ def camera(points3d:torch.Tensor, # (B, 5, 3) landmarks in the head frame
     scale = size/112
     target = (torch.as_tensor(TEMPLATE, dtype=torch.float32)[None] + jitter)*scale
     a, b = align(plane, target, upright)
-    z = a[:, None]*torch.complex(plane[..., 0], plane[..., 1]) + b[:, None]
-    return dict(a=a, b=b, turn=turn, distance=distance, landmarks=torch.stack([z.real, -z.imag], -1), depth=q[..., 2],
-                roll_change=-torch.rad2deg(torch.angle(a)))
+    x, y = plane[..., 0], plane[..., 1]; re, im = a.real[:, None], a.imag[:, None]
+    landmarks = torch.stack([re*x - im*y + b.real[:, None], -(im*x + re*y) - b.imag[:, None]], -1)
+    return dict(a=a, b=b, turn=turn, distance=distance, landmarks=landmarks, depth=q[..., 2], roll_change=-torch.rad2deg(torch.angle(a)))
 
 def rays(cam:dict, width:int, height:int, step:float=1.0, # pixels between rays; 2 gives every second pixel
          ):                                              # origin and direction, each a list of three (B, H, W)
     "For every pixel the line A + z B in the head frame, with z the depth in the camera frame."
     x = (torch.arange(width)*step + (step - 1)/2)[None, None, :]; y = (torch.arange(height)*step + (step - 1)/2)[None, :, None]
-    inv = (1/cam["a"]); o = -cam["b"]*inv
     col = lambda t: t[:, None, None]
-    X = col(inv.real)*x + col(inv.imag)*y + col(o.real)                            # inv*(x - i y) + o
-    Y = col(inv.imag)*x - col(inv.real)*y + col(o.imag)
+    a, b = cam["a"], cam["b"]; size = a.real*a.real + a.imag*a.imag; re, im = a.real/size, -a.imag/size                      # 1/a
+    X = col(re)*x + col(im)*y - col(re*b.real - im*b.imag)                          # (x - i y - b)/a
+    Y = col(im)*x - col(re)*y - col(re*b.imag + im*b.real)
     R, D = cam["turn"], col(cam["distance"])
     A = [col(R[:, 0, i])*X + col(R[:, 1, i])*Y for i in range(3)]
     B = [col(R[:, 2, i]) - A[i]/D for i in range(3)]

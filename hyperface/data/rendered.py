@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'DIMENSIONS', 'VARIETY', 'GENDERS', 'GROUPS', 'SHIFTS', 'CONDITIONS', 'SHARD', 'Identities',
-           'check_identities', 'draw_identities', 'make_conditions', 'check_conditions', 'draw_conditions',
-           'parameters', 'p_', 'render', 'ShardSource', 'code_key', 'apply_bias', 'render_part', 'render_faces']
+           'check_identities', 'whole', 'draw_identities', 'interpolate', 'sweep', 'make_conditions',
+           'check_conditions', 'draw_conditions', 'parameters', 'p_', 'render', 'ShardSource', 'code_key', 'apply_bias',
+           'render_part', 'render_faces', 'broken']
 
 # %% ../../nbs/11_rendered.ipynb #890f0ec1
 import os
@@ -25,7 +26,7 @@ from .head import ACTIONS, EXPRESSIONS, RESIDUALS, SHAPE, action_vector
 from .records import Records, Source, standard_table
 from .skin import TONES
 
-# %% ../../nbs/11_rendered.ipynb #9f1ca01d
+# %% ../../nbs/11_rendered.ipynb #1c61424d
 LOOKS = ("tone redness yellow freckles mole0 mole0u mole0v mole1 mole1u mole1v mole2 mole2u mole2v eye_bags lip_red brow_dense brow_gap brow_long hair_dark hair_warm hairline recession widow hair_top hair_side curl wave length "
          "fringe part sweep beard moustache goatee iris_dark iris_green lash teeth cupid wrinkle grey bald offset offset2 shine buzz style").split()
 DIMENSIONS = [*SHAPE, *(f"residual{k}" for k in range(RESIDUALS)), *LOOKS]     # an identity is a standard normal vector over these
@@ -36,6 +37,7 @@ SHIFTS = dict(white=dict(nose_bridge=.5, nose_height=.4, lip_upper=-.4, lip_lowe
     asian=dict(nose_bridge=-1.2, eye_open=-.9, lid_fold=-2.2, eye_tilt=.9, cheekbone=.9, head_width=.7, cheek=.4, nose_width=.4, nose_height=-.6, brow_ridge=-.9, eye_depth=-1.1, brow_thick=-.3, curl=-1.0, hair_dark=1.1, brow_y=.5),
     indian=dict(eye_size=.5, brow_thick=.8, nose_tip=.3, lip_lower=.5, lip_upper=.3, eye_bags=.7, hair_dark=1.0, lash=.6, beard=.4), other=dict(brow_thick=.6, nose_hump=.6, lip_lower=.4, hair_dark=.6, beard=.4, cheek=.2))
 
+# %% ../../nbs/11_rendered.ipynb #fc836c99
 @dataclass
 class Identities:
     "People: a standard normal vector each, and what is stated about them."
@@ -55,7 +57,7 @@ class Identities:
             else: raise ConfigError("unknown feature of an identity", name, "A dimension (" + ", ".join(DIMENSIONS[:6]) + " ...) or one of " + ", ".join(out.table))
         return check_identities(out)
 
-# %% ../../nbs/11_rendered.ipynb #05f0e3d2
+# %% ../../nbs/11_rendered.ipynb #4fa9c3d1
 def _refuse(name, values, bad, remedy):
     if bad.any(): raise ConfigError(f"{name} makes no sense in row {int(np.argmax(bad))}", np.asarray(values)[bad][0], remedy)
 
@@ -69,12 +71,18 @@ def check_identities(people:Identities) -> Identities:
         x = pd.to_numeric(t[name], errors="coerce").to_numpy(float); _refuse(name, t[name], ~((x >= low) & (x <= high)), f"Between {low} and {high}")
     return people
 
+def whole(name:str, value, low:int, high:int=10**12) -> int:
+    "A whole number in a range, or an error that names it."
+    if isinstance(value, (bool, str)) or value is None or not np.isfinite(value) or int(value) != value or not low <= value <= high: raise ConfigError(f"{name} must be a whole number from {low} to {high}", value)
+    return int(value)
+
 def _choose(shares:dict, uniform:np.ndarray) -> np.ndarray:
     "Categories by their shares, from uniform numbers."
     names = np.array(list(shares)); w = np.array([float(x) for x in shares.values()])
     if not len(w) or not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0: raise ConfigError("shares must be numbers >= 0 with a positive sum", shares)
     return names[np.searchsorted(np.cumsum(w/w.sum())[:-1], uniform, side="right")]
 
+# %% ../../nbs/11_rendered.ipynb #83047b22
 def draw_identities(n:int,          # how many people
                     seed:int=0,     # any integer; identity i is the same whatever n is
                     groups:dict|None=None,  # ethnicity -> share; equal shares if None
@@ -84,7 +92,7 @@ def draw_identities(n:int,          # how many people
                     spread:float=1.0,       # how different people are; 0 gives the mean face of each group
                     ) -> Identities:
     "People at random, with stated shares."
-    if n < 0: raise ConfigError("n must be 0 or more", n)
+    n = whole("n", n, 0)
     groups, genders = groups or {g: 1 for g in GROUPS}, genders or {g: 1 for g in GENDERS}
     for given, known, what in ((groups, GROUPS, "ethnicity"), (genders, GENDERS, "gender")):
         for g in given:
@@ -98,7 +106,19 @@ def draw_identities(n:int,          # how many people
     table = pd.DataFrame(dict(gender=gender, ethnicity=group, age=span[:, 0] + (span[:, 1] - span[:, 0])*uni[:, 2], skin_tone=tone))
     return check_identities(Identities((z*spread).astype(np.float32), table))
 
-# %% ../../nbs/11_rendered.ipynb #db1e75fe
+# %% ../../nbs/11_rendered.ipynb #b719f223
+def interpolate(a:Identities, b:Identities, steps:int) -> Identities: # one person each; `steps` people from a to b
+    "People on the way from one to another; ages and tones blend, sex and group change in the middle."
+    t = np.linspace(0, 1, whole("steps", steps, 1)); near = np.where(t < .5, 0, 1)
+    table = pd.concat([a.table.iloc[:1], b.table.iloc[:1]]).iloc[near].reset_index(drop=True)
+    for k in ("age", "skin_tone"): table[k] = (1 - t)*float(a.table[k].iloc[0]) + t*float(b.table[k].iloc[0])
+    return check_identities(Identities(((1 - t)[:, None]*a.vector[:1] + t[:, None]*b.vector[:1]).astype(np.float32), table))
+
+def sweep(person:Identities, name:str, values) -> Identities: # as many people as values
+    "One person with one feature at the given values (standard deviations, or years, or a tone)."
+    return person[np.zeros(len(values), int)].set(**{name: np.asarray(values)})
+
+# %% ../../nbs/11_rendered.ipynb #97a5697a
 # name: (default, low, high, meaning)
 CONDITIONS = dict(age_change=(0., -90, 90, "years added to the age of the identity"), intensity=(1., 0, 1.3, "strength of the expression"),
     yaw=(0., -90, 90, "degrees, positive: towards the image's right"), pitch=(0., -45, 45, "degrees, positive: up"), roll=(0., -60, 60, "degrees, positive: clockwise"),
@@ -110,6 +130,7 @@ CONDITIONS = dict(age_change=(0., -90, 90, "years added to the age of the identi
     blush=(0., 0, 1, "redness of the cheeks"), background=(1, 0, 1, "0 plain, 1 a place"), distance=(11., 4, 60, "camera distance, units of 100 mm"), blur=(0., 0, 8, "sigma in pixels at size 112"), noise=(0., 0, .3, "standard deviation, 0..1"),
     jpeg=(0, 0, 100, "quality, 0 for none"), jitter=(0., 0, 6, "error of the five points used for alignment, pixels at size 112"), seed=(0, 0, 2**63, "of background, noise and jitter"), **{a: (0., -1, 1.3, m + ", added to the expression") for a, m in ACTIONS.items()})
 
+# %% ../../nbs/11_rendered.ipynb #5be68f87
 def make_conditions(n:int=1, expression="neutral", **values) -> pd.DataFrame:
     "A table of conditions with defaults filled in: one row per image, one column per condition."
     table = {"expression": np.broadcast_to(np.asarray(expression, dtype=object), (n,)).copy()}
@@ -234,21 +255,23 @@ def parameters(people:Identities, c:dict) -> dict:
 
 def p_(x): return np.clip(x, 0, 1.1)
 
-# %% ../../nbs/11_rendered.ipynb #c52020a9
-def _labels(people, c, cam, hit, size) -> dict:
+# %% ../../nbs/11_rendered.ipynb #212cc53e
+def _labels(people, c, cam, size) -> dict:
     "What is known about each picture."
     t = people.table
     lm = cam["landmarks"].numpy()
-    seen = (lm >= 0).all(-1) & (lm <= size - 1).all(-1)
+    hidden = np.stack([np.asarray(c["glasses"]) > 1.5]*2 + [np.asarray(c["mask"]) > 0] + [(np.asarray(c["mask"]) > 0) | (np.asarray(c["scarf"]) > 0)]*2, 1)
+    seen = (lm >= 0).all(-1) & (lm <= size - 1).all(-1) & ~hidden & ~cam["covered"] & ~cam["behind"]
     out = {k: t[k].to_numpy() for k in ("gender", "ethnicity", "skin_tone")}
     out["age"] = np.clip(t["age"].to_numpy(float) + c["age_change"], 3, 95)
     for k in ("expression", *CONDITIONS):
         if k not in ("seed", "age_change"): out[k] = np.asarray(c[k])
     out["head_roll"] = np.asarray(c["roll"], float); out["roll"] = np.asarray(c["roll"], float) + cam["roll_change"].numpy()
-    for i in range(5): out[f"lm{i}x"], out[f"lm{i}y"] = lm[:, i, 0], lm[:, i, 1]
+    for i in range(5): out[f"lm{i}x"], out[f"lm{i}y"], out[f"lm{i}seen"] = lm[:, i, 0], lm[:, i, 1], seen[:, i]
     out["visibility"] = seen.mean(1)
     return out
 
+# %% ../../nbs/11_rendered.ipynb #3169056f
 def render(people:Identities, conditions:pd.DataFrame, # N rows of identities (or one for all) and N rows of conditions
            size:int=112,        # pixels on a side, 16 ... 512
            align:bool=True,     # aligned by five points (roll is taken out); False keeps the head's roll
@@ -256,7 +279,7 @@ def render(people:Identities, conditions:pd.DataFrame, # N rows of identities (o
            uint8:bool=False,    # give (N, H, W, 3) uint8 instead
            ):                   # images (N, 3, H, W) float32 in [-1, 1], labels: dict of N values each
     "Photograph each identity under its conditions."
-    if not 16 <= int(size) <= 512: raise ConfigError("size must lie between 16 and 512", size)
+    size = whole("size", size, 16, 512)
     check_identities(people); conditions = check_conditions(conditions)
     if len(people) == 1 and len(conditions) > 1: people = people[np.zeros(len(conditions), int)]
     if len(people) != len(conditions): raise DataError("as many identities as conditions are needed", (len(people), len(conditions)), "One identity for all conditions is also accepted")
@@ -267,15 +290,15 @@ def render(people:Identities, conditions:pd.DataFrame, # N rows of identities (o
     try:
         for s in range(0, len(people), batch_size):
             part = people[s:s + batch_size]; c = {k: filled[k].to_numpy()[s:s + batch_size] for k in filled}
-            with torch.no_grad(): images[s:s + batch_size], cam, hit = photograph(parameters(part, c), list(c["seed"]), size, align)
-            labels.append(_labels(part, c, cam, hit, size))
+            with torch.no_grad(): images[s:s + batch_size], cam, _ = photograph(parameters(part, c), list(c["seed"]), size, align)
+            labels.append(_labels(part, c, cam, size))
     finally: torch.set_num_threads(threads)
-    if not labels: labels = [_labels(people, {k: filled[k].to_numpy() for k in filled}, dict(landmarks=torch.zeros(0, 5, 2), roll_change=torch.zeros(0)), None, size)]
+    if not labels: labels = [_labels(people, {k: filled[k].to_numpy() for k in filled}, dict(landmarks=torch.zeros(0, 5, 2), roll_change=torch.zeros(0), covered=np.zeros((0, 5), bool), behind=np.zeros((0, 5), bool)), size)]
     labels = {k: np.concatenate([l[k] for l in labels]) for k in labels[0]}
     return (images if uint8 else np.moveaxis(images, -1, 1).astype(np.float32)/127.5 - 1), labels
 
-# %% ../../nbs/11_rendered.ipynb #76248ccc
-SHARD = 256       # images in one shard of the cache
+# %% ../../nbs/11_rendered.ipynb #b68d54e8
+SHARD = 128       # images in one shard of the cache
 
 class ShardSource(Source):
     "Pixels of rendered shards, memory-mapped when first asked for."
@@ -298,6 +321,16 @@ def code_key() -> str:
     files = [Path(m.__file__) for m in (camera, hair, head, skin)] + [Path(__file__) if "__file__" in globals() else Path(camera.__file__).with_name("rendered.py")]
     return content_key(*[file_key(f) for f in files if f.exists()])
 
+# %% ../../nbs/11_rendered.ipynb #3d1b3ee4
+def _shard(spec:dict, k:int, folder:Path) -> int:
+    "Render one shard, unless it is there; returns the number of images."
+    path = Path(folder)/_shard_name(k); first = k*SHARD; n = min(SHARD, spec["n_identities"]*spec["per_identity"] - first)
+    if path.exists() and path.with_suffix(".parquet").exists(): return n
+    images, labels = render_part(spec, first, n)
+    with atomic_path(path.with_suffix(".parquet")) as t: pd.DataFrame(labels).to_parquet(t, index=False)
+    with atomic_path(path) as t, open(t, "wb") as f: np.save(f, images)
+    return n
+
 # %% ../../nbs/11_rendered.ipynb #a62d15eb
 def apply_bias(conditions:pd.DataFrame, group, # N ethnicities or genders
                bias:dict,     # group -> condition -> value, or (low, high) drawn evenly, or {value: share}
@@ -318,16 +351,7 @@ def apply_bias(conditions:pd.DataFrame, group, # N ethnicities or genders
             column[rows] = value; out[k] = column
     return check_conditions(out)
 
-# %% ../../nbs/11_rendered.ipynb #8e621e3a
-def _shard(spec:dict, k:int, folder:Path) -> int:
-    "Render one shard, unless it is there; returns the number of images."
-    path = Path(folder)/_shard_name(k); first = k*SHARD; n = min(SHARD, spec["n_identities"]*spec["per_identity"] - first)
-    if path.exists() and path.with_suffix(".parquet").exists(): return n
-    images, labels = render_part(spec, first, n)
-    with atomic_path(path.with_suffix(".parquet")) as t: pd.DataFrame(labels).to_parquet(t, index=False)
-    with atomic_path(path) as t, open(t, "wb") as f: np.save(f, images)
-    return n
-
+# %% ../../nbs/11_rendered.ipynb #bf340d2e
 def render_part(spec:dict, first:int, n:int): # images (n, H, W, 3) uint8, labels
     "Images first ... first + n - 1 of a set, whatever came before."
     per, seed = spec["per_identity"], spec["seed"]
@@ -340,7 +364,7 @@ def render_part(spec:dict, first:int, n:int): # images (n, H, W, 3) uint8, label
     images, labels = render(people, c.assign(**spec["fixed"]), spec["size"], spec["align"], uint8=True)
     return images, dict(image=[f"{i:06d}/{j:04d}.png" for i, j in zip(number, (first + np.arange(n)) % per)], identity=number, **labels)
 
-# %% ../../nbs/11_rendered.ipynb #e1505842
+# %% ../../nbs/11_rendered.ipynb #fa0086ba
 def render_faces(n_identities:int,     # how many people
                  per_identity:int,     # pictures of each
                  size:int=112,         # pixels on a side, 16 ... 512
@@ -357,26 +381,46 @@ def render_faces(n_identities:int,     # how many people
                  **fixed,              # conditions held at one value in all pictures, such as yaw=0
                  ) -> "Records":
     "A data set of rendered people: the same for the same arguments on every run, rendered once."
-    for name, x in (("n_identities", n_identities), ("per_identity", per_identity)):
-        if int(x) != x or x < 0: raise ConfigError(f"{name} must be a whole number of 0 or more", x)
-    spec = dict(n_identities=int(n_identities), per_identity=int(per_identity), size=int(size), nuisance=float(nuisance), seed=int(seed), groups=groups, genders=genders, ages=ages, bias=bias, spread=spread, align=align, fixed=fixed)
+    make_conditions(1, **fixed)                                                       # refuses nonsense before work starts
+    for g in bias or {}: apply_bias(make_conditions(1), [g], {g: bias[g]})
+    spec = dict(n_identities=whole("n_identities", n_identities, 0), per_identity=whole("per_identity", per_identity, 0), size=whole("size", size, 16, 512), nuisance=float(nuisance), seed=int(seed), groups=groups, genders=genders, ages=ages, bias=bias, spread=spread, align=align, fixed=fixed)
     total = spec["n_identities"]*spec["per_identity"]
     if not cache or total == 0:
         images, labels = render_part(spec, 0, total)
         return Records.from_arrays(images, name="rendered", **labels)
-    render_part(dict(spec, n_identities=1, per_identity=1), 0, 0)                     # refuses nonsense before work starts
+    draw_identities(1, seed, groups, genders, ages, spread=spread); draw_conditions(0, nuisance, seed)
     folder = cache_dir("rendered")/content_key(code_key(), spec); folder.mkdir(exist_ok=True)
     todo = [k for k in range(-(-total//SHARD)) if not ((folder/_shard_name(k)).exists() and (folder/_shard_name(k)).with_suffix(".parquet").exists())]
-    workers = min(processes or int(os.environ.get("HYPERFACE_THREADS") or cpu_count()), max(1, len(todo)))
+    workers = processes or (1 if total < 400 else int(os.environ.get("HYPERFACE_THREADS") or cpu_count()))
+    workers = min(workers, max(1, len(todo)))
     with progress(desc="rendering", total=total, unit="face") as bar:
         bar.update(total - sum(min(SHARD, total - k*SHARD) for k in todo))
         for done in _run(spec, todo, folder, workers): bar.update(done)
     table = pd.concat([pd.read_parquet((folder/_shard_name(k)).with_suffix(".parquet")) for k in range(-(-total//SHARD))], ignore_index=True)
     return Records(standard_table(table), ShardSource(folder, total), name="rendered")
 
+# %% ../../nbs/11_rendered.ipynb #9bb98466
 def _run(spec, todo, folder, workers):
     "Shards in this process, or in several."
     if workers <= 1: yield from (_shard(spec, k, folder) for k in todo)
     else:
         from joblib import Parallel, delayed
         yield from Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(_shard)(spec, k, folder) for k in todo)
+
+# %% ../../nbs/11_rendered.ipynb #06321b21
+def broken(images, # (N, 3, H, W) float in [-1, 1]
+           landmarks=None, # (N, 5, 2) pixels, or None
+           ) -> np.ndarray: # (N,) words, "" where nothing is wrong
+    "A check for pictures that cannot be faces: empty, clipped, not finite, without a head in the middle, landmarks astray."
+    out = []
+    for k, x in enumerate(np.asarray(images)):
+        h = x.shape[-1]; grey = x.mean(0) if np.isfinite(x).all() else None
+        if grey is None: out.append("not finite"); continue
+        middle = grey[h//4:3*h//4, h//4:3*h//4]
+        jump = np.abs(np.diff(middle, axis=1)).max(initial=0)
+        why = ("empty" if middle.std() < .02 else "clipped" if (np.abs(grey) > .995).mean() > .6 else "a hole" if np.unique(middle.round(4), return_counts=True)[1].max() > .4*middle.size else "torn" if jump > 1.95 else "")
+        if not why and landmarks is not None:
+            p = np.asarray(landmarks[k]); eye = np.linalg.norm(p[1] - p[0])
+            if not np.isfinite(p).all() or np.abs(p - h/2).max() > h or eye < .02*h: why = "landmarks astray"
+        out.append(why)
+    return np.array(out, dtype=object)

@@ -165,7 +165,7 @@ def paint_beard(p:dict, albedo, u, v, density) -> None:
     hair = torch.stack([q["hair_r"], q["hair_g"], q["hair_b"]])*(.92 + .20*s)
     albedo[:, index] = mix(albedo[:, index]*(1 - shadow*torch.tensor([1., .92, .80])[:, None]), hair.clamp(min=.004), cover)
 
-# %% ../../nbs/11b_skin.ipynb #43018f9f
+# %% ../../nbs/11b_skin.ipynb #2afb8b86
 EYE = "eye_x eye_size eye_open eye_tilt lid_fold gaze_x gaze_y blink au5 au6 au7 iris_r iris_g iris_b lash makeup shadow_r shadow_g shadow_b light_x light_y pixel squint pupil skin_offset"
 
 def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
@@ -201,10 +201,10 @@ def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     under = gauss(y - low, .0035 + .4*q["pixel"])*smooth((1.02 - e.abs())*5)*(.30 + .22*q["lash"] + .3*q["makeup"])
     A = mix(A, eye, inside)
     A = mix(A, torch.full_like(A, .014), torch.maximum(dark, under).clamp(0, .96)*torch.where(raise_ > .2, 1., .9))
-    albedo[:, index] = A + .42*spark*inside
+    albedo[:, index] = A + .26*spark*inside
     gloss[index] = mix(gloss[index], torch.full_like(e, .10), inside)
 
-# %% ../../nbs/11b_skin.ipynb #7f5c59bb
+# %% ../../nbs/11b_skin.ipynb #7a9abc1a
 BROW = "eye_x brow_y brow_thick brow_arch au1 au2 au4 au9 brow_r brow_g brow_b brow_dense pixel skin_offset brow_gap brow_long"
 
 def paint_brows(p:dict, albedo:torch.Tensor, u, v) -> None:
@@ -214,7 +214,7 @@ def paint_brows(p:dict, albedo:torch.Tensor, u, v) -> None:
     if index is None: return
     U, V = u.reshape(-1)[index].abs(), v.reshape(-1)[index]
     inner = .062 + q["brow_gap"] - .016*q["au4"]; t = (U - inner)/(.205 + q["brow_long"]); k = t.clamp(0, 1)
-    centre = q["brow_y"] - .004 + q["brow_arch"]*(1 - ((k - .64)/.64)**2) + .026*q["au1"]*(1 - k)**1.5 + .024*q["au2"]*smooth(k*1.6) - .036*q["au4"]*(1 - .70*k) - .012*q["au9"]
+    centre = q["brow_y"] - .006 + .016*(k - .35) + q["brow_arch"]*(1 - ((k - .64)/.64)**2) + .026*q["au1"]*(1 - k)**1.5 + .024*q["au2"]*smooth(k*1.6) - .036*q["au4"]*(1 - .70*k) - .012*q["au9"]
     s = noise((V*.9 + U*.55) + q["skin_offset"], U*.16, 2, 3)[0]
     half = q["brow_thick"]*(1.06 - .62*k*k)*smooth(k*7 + .35)*(1 + .12*s)
     d = (half - (V - centre).abs())/(.0045 + .8*q["pixel"])
