@@ -149,6 +149,22 @@ def test_lmdb_walk_agrees_with_liblmdb(tmp_path, n):
         assert mine == [(bytes(k), bytes(v)) for k, v in t.cursor()]
 
 
+def test_lmdb_of_several_transactions(tmp_path):
+    n = 9000
+    r = Records.from_arrays(np.repeat(np.arange(9, dtype=np.uint8)[:, None, None, None]*25, 1000, 0)*np.ones((1, 2, 2, 3), np.uint8), identity=np.arange(n)//10)
+    back = containers.read_lmdb(containers.write_lmdb(r, tmp_path/"x", format="png"))
+    np.testing.assert_array_equal(back.identities, r.identities)
+    np.testing.assert_array_equal(back.images([0, 4096, 4999, 8999]), r.images([0, 4096, 4999, 8999]))
+
+
+def test_identities_as_objects_are_numbers_or_words():
+    x = np.zeros((2, 2, 2, 3), np.uint8)
+    assert Records.from_arrays(x, identity=np.array([3, 4], object)).identities.tolist() == [3, 4]
+    assert Records.from_arrays(x, identity=["007", "8"]).identities.tolist() == ["007", "8"]
+    assert Records.from_arrays(x, identity=[None, "8"]).identities.tolist() == [None, "8"]
+    assert Records.from_arrays(x, identity=[None, "8"]).codes.tolist() == [-1, 0]
+
+
 def test_lmdb_as_others_write_it(records, tmp_path):
     "Text-typed msgpack of old writers, and labels of every width."
     lmdb, msgpack = pytest.importorskip("lmdb"), pytest.importorskip("msgpack")

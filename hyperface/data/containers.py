@@ -652,7 +652,7 @@ def read_lmdb(path,                 # folder with data.mdb, or the file
     if values[:, 3].any(): source.features = values[:, 2:4].copy()
     return Records(standard_table(dict(image=text_column(names), identity=values[:, 4].copy())), source, name=path.stem, skipped=skipped)
 
-# %% ../../nbs/12a_containers.ipynb #7e62edc1
+# %% ../../nbs/12a_containers.ipynb #f1856fdd
 def lmdb_features(records:Records, which=None # positions; None: all
                   ) -> np.ndarray:   # (N, D) float32
     "The feature vectors stored beside the images of a Vec2Face training set."
@@ -684,10 +684,13 @@ def write_lmdb(records:Records, # identities must be known
     keys = [f"{i}".encode() for i in range(len(records))]
     with atomic_path(path/"data.mdb") as temporary:
         environment = lmdb.open(str(temporary), subdir=False, map_size=1 << 40, lock=False, sync=False)
-        with environment.begin(write=True) as t:
-            for i, content in enumerate(encoded_images(records, **options)):
-                t.put(keys[i], msgpack.packb((content, int(codes[i])) if features is None else (content, vector(i), int(codes[i]))))
-            for name, value in (("__keys__", keys), ("__len__", len(keys)), ("__classnum__", int(codes.max(initial=-1)) + 1)): t.put(name.encode(), msgpack.packb(value))
+        t = environment.begin(write=True)
+        for i, content in enumerate(encoded_images(records, **options)):
+            t.put(keys[i], msgpack.packb((content, int(codes[i])) if features is None else (content, vector(i), int(codes[i]))))
+            if i % 4096 == 4095: t.commit(); t = environment.begin(write=True)     # a transaction is held in memory
+        for name, value in (("__keys__", keys), ("__len__", len(keys)), ("__classnum__", int(codes.max(initial=-1)) + 1)):
+            t.put(name.encode(), msgpack.packb(value))
+        t.commit()
         environment.sync(True); environment.close()
     return path
 

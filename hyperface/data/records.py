@@ -69,7 +69,7 @@ class FileSource(Source):
     def encoded(self, i): return read_file(self.path(i))
     def pixels(self, i): path = self.path(i); return decode_image(read_file(path), path)
 
-# %% ../../nbs/10_records.ipynb #a73a27c5
+# %% ../../nbs/10_records.ipynb #503a4d07
 WORDS = ("identity", "split", "gender", "ethnicity", "expression")
 NUMBERS = ("age", "yaw", "pitch", "roll")
 STANDARD = ("image", "identity", "split", "age", "gender", "ethnicity", "expression", "yaw", "pitch", "roll")
@@ -94,7 +94,7 @@ def _numbers(name, x) -> pd.Series:
 
 def _words(name, x) -> pd.Series:
     "A column of categories; whole numbers stay whole numbers in `identity`."
-    x = pd.Series(x)
+    x = pd.Series(x).infer_objects()
     if name == "identity" and pd.api.types.is_integer_dtype(x.dtype): return x.astype(np.int64)
     if name == "identity" and pd.api.types.is_float_dtype(x.dtype) and x.notna().any():
         raise DataError("Column identity must be whole numbers or words", x.iloc[0])
