@@ -432,3 +432,44 @@ def test_gender_on_lfw(lfw, models):
     x = np.stack([decode_image(lfw / "lfw112" / n.rsplit("_", 1)[0] / n).transpose(2, 0, 1) for n, _ in labelled])
     told = load_attribute_model("age_gender").predict(x).gender
     assert np.mean(told.to_numpy() == [g for _, g in labelled]) > .92
+
+
+def test_the_recogniser_of_a_pack_is_not_its_largest_landmark_network(tmp_path):
+    "buffalo_s holds a 143 MB landmark network of 192 pixels beside a 13 MB recogniser of 112."
+    from onnx import TensorProto, helper, numpy_helper, save
+    pack = tmp_path / "models" / "toy_pack"; pack.mkdir(parents=True)
+    toy_network(pack / "w600k_toy.onnx")
+    heavy = numpy_helper.from_array(np.zeros((3 * 192 * 192, 40), np.float32), "m")
+    graph = helper.make_graph([helper.make_node("Flatten", ["data"], ["f"]), helper.make_node("MatMul", ["f", "m"], ["out"])], "landmarks", [helper.make_tensor_value_info("data", TensorProto.FLOAT, ["N", 3, 192, 192])],
+                              [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["N", 40])], [heavy])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=8), str(pack / "1k3d68.onnx"))
+    assert load_embedder(str(pack), threads=1).name == "w600k_toy"
+
+
+def test_any_object_with_embed_is_an_embedder(runs):
+    class Duck:
+        name, dim, key = "duck", 4, "duck-1"
+        def embed(self, x): return unit_rows(np.asarray(x).mean((2, 3)) @ np.ones((3, 4)) + np.arange(1, 5) * 9.)
+    records = Records.from_arrays(R.integers(0, 255, (6, 40, 40, 3)).astype(np.uint8))
+    assert embed_records(records, Duck()).vectors.shape == (6, 4)
+
+
+def test_a_large_photograph_without_a_face_is_looked_at_twice_cheaply(models):
+    import resource
+    from hyperface.extraction.photos import load_detector
+    d = load_detector("det_500m.onnx")
+    photo = np.full((3700, 5400, 3), 90, np.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(d.detect(photo)) == 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 250_000   # kB; padding the whole photograph would take 240 MB and more
+
+
+def test_second_look_gives_places_on_the_photograph(group, models):
+    from hyperface.extraction.photos import load_detector
+    import cv2
+    d = load_detector("det_500m.onnx")
+    face = d.detect(group)[[0]]
+    left, top, right, bottom = face.boxes[0].round().astype(int)
+    close = cv2.resize(group[top - 10:bottom + 10, left - 10:right + 10], None, fx=14, fy=14, interpolation=cv2.INTER_CUBIC)
+    found = d.detect(close)
+    assert len(found) == 1 and abs(found.points[0] - (face.points[0] - [left - 10, top - 10]) * 14).max() < .06 * max(close.shape)

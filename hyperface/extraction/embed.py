@@ -160,7 +160,7 @@ def _resize(x, size):
     out = [cv2.resize(np.ascontiguousarray(i.transpose(1, 2, 0), dtype=np.float32), (size, size), interpolation=how) for i in x]
     return np.stack(out).transpose(0, 3, 1, 2) if out else np.zeros((0, 3, size, size), np.float32)
 
-# %% ../../nbs/21_embed.ipynb #7ca70d7b
+# %% ../../nbs/21_embed.ipynb #d654858f
 class Embedder:
     "Images to unit vectors. Subclasses set `name`, `dim`, `size`, `identity_parts` and implement `features`."
     name, dim, size, flip, batch_size = "embedder", 512, 112, False, 64
@@ -168,6 +168,9 @@ class Embedder:
                  ) -> np.ndarray: # (n, dim), any norm
         "Raw features of one batch."
         raise NotImplementedError
+    def identity_parts(self):
+        "What the key is made of besides size and flip: hashes of files, arrays, numbers."
+        raise NotImplementedError(f"{type(self).__name__} must say what its vectors depend on, or caches would mix them up")
     @property
     def key(self) -> str: # 16 hexadecimal digits
         "A hash of everything a vector depends on."
@@ -176,14 +179,15 @@ class Embedder:
               batch_size:int|None=None, # images at a time; None is the embedder's own choice
               ) -> np.ndarray:         # (N, dim) float32, unit norm
         "Unit vectors, flip-summed if the embedder was made so."
-        x = as_input(images, self.size)
         n = self.batch_size if batch_size is None else int(batch_size)
         if n < 1: raise ConfigError("batch_size must be at least 1", batch_size)
-        parts = []
-        for i in range(0, len(x), n):
-            f = self.features(x[i:i + n])
-            if self.flip: f = f + self.features(np.ascontiguousarray(x[i:i + n, :, :, ::-1]))
-            if f.shape != (len(x[i:i + n]), self.dim): raise DataError(f"{self.name} gave features of another shape than ({len(x[i:i + n])}, {self.dim})", f.shape)
+        images, parts = images[None] if np.ndim(images) == 3 else images, []
+        for i in range(0, max(len(images), 1), n):                                 # at least once, so that an empty array is checked too
+            x = as_input(images[i:i + n], self.size)
+            if not len(x): break
+            f = self.features(x)
+            if self.flip: f = f + self.features(np.ascontiguousarray(x[..., ::-1]))
+            if f.shape != (len(x), self.dim): raise DataError(f"{self.name} gave features of another shape than ({len(x)}, {self.dim})", f.shape)
             parts.append(f)
         return unit_rows(np.concatenate(parts)) if parts else np.zeros((0, self.dim), np.float32)
     def __call__(self, images): return self.embed(images)
@@ -228,7 +232,7 @@ def _free_batch(path):
     del model.graph.value_info[:]
     return model.SerializeToString()
 
-# %% ../../nbs/21_embed.ipynb #8f87b7dc
+# %% ../../nbs/21_embed.ipynb #d56413a4
 def _session(model,            # path or bytes
              threads:int,      # for one operation
              device:str="cpu", # or "cuda"
@@ -237,6 +241,7 @@ def _session(model,            # path or bytes
     import onnxruntime as ort
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")                  # waiting threads sleep, so that decoding gets the processor
     wanted = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
     if device != "cpu" and "CUDAExecutionProvider" not in ort.get_available_providers(): raise ConfigError("onnxruntime sees no CUDA device", device, "pip install onnxruntime-gpu, or device='cpu'")
     try: return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=wanted)
@@ -347,7 +352,7 @@ def linear_embedder(n_identities:int=400, # rendered identities to fit on
 
 LINEAR_VERSION = 2 # changes when the fit changes, so that an old cache is not taken
 
-# %% ../../nbs/21_embed.ipynb #d98b8df5
+# %% ../../nbs/21_embed.ipynb #bcfa3155
 def pack_folders() -> list[Path]:
     "Where insightface packs may lie: `HYPERFACE_DATA/insightface/models`, `HYPERFACE_MODELS`, `~/.insightface/models`."
     roots = [data_dir("insightface") and data_dir("insightface")/"models", models_dir(), Path("~/.insightface/models").expanduser()]
@@ -360,8 +365,9 @@ def find_recognition(name:str, # file, file name in HYPERFACE_MODELS, folder, or
     folders = [path] if path.is_dir() else [r/name for r in pack_folders() if (r/name).is_dir()]
     for folder in folders:
         for file in sorted(folder.glob("*.onnx"), key=lambda f: -f.stat().st_size):          # in a pack the recogniser is the largest
-            try: _inspect_onnx(file); return file
+            try: size = _inspect_onnx(file)["size"]
             except DataError: continue
+            if size >= 112 and size % 16 == 0 and size != 192: return file                    # insightface's rule: 192 are landmarks, 96 attributes
         raise DataError(f"{folder} holds no recognition network", [f.name for f in folder.glob("*.onnx")])
     if path.suffix != ".onnx" and not path.is_file(): path = path.with_name(path.name + ".onnx")
     try: return find_model(str(path), licence="insightface models: non-commercial research only")
@@ -369,8 +375,8 @@ def find_recognition(name:str, # file, file name in HYPERFACE_MODELS, folder, or
         there = ["linear"] + sorted(f.name for r in pack_folders() for f in (*r.glob("*.onnx"), *(d for d in r.iterdir() if d.is_dir())))
         raise MissingWeights(f"No embedder called {name}", None, f"There are: {', '.join(there)[:300]}. {e.remedy}") from e
 
-# %% ../../nbs/21_embed.ipynb #c0884fd5
-def load_embedder(name="linear",                # "linear", ONNX file or name, insightface pack, an Embedder, or a torch module
+# %% ../../nbs/21_embed.ipynb #04cc6c7b
+def load_embedder(name="linear",                # "linear", ONNX file or name, insightface pack, a torch module; an embedder is returned as it is
                   flip:bool=False,              # sum the features of image and mirror image, as the LFW figures do
                   threads:int|None=None,        # None: HYPERFACE_THREADS, else every processor
                   backend:str="onnxruntime",    # or "torch": slower on a CPU, but differentiable
@@ -378,7 +384,7 @@ def load_embedder(name="linear",                # "linear", ONNX file or name, i
                   ) -> Embedder:
     "Any embedder by name; `MissingWeights` if its file is not there."
     if backend not in ("onnxruntime", "torch"): raise ConfigError("backend must be onnxruntime or torch", backend)
-    if isinstance(name, Embedder) and backend == "onnxruntime": return name
+    if hasattr(name, "embed") and backend == "onnxruntime": return name
     if backend == "torch" or callable(getattr(name, "state_dict", None)):
         from hyperface.extraction.onnx_torch import torch_embedder
         return torch_embedder(name, flip=flip, device=device)
@@ -464,7 +470,7 @@ def _embed_batch(embedder, images, names, on_error, reasons):
     except DataError as e: raise DataError(f"{e.problem} (images {names[0]} to {names[-1]})", e.value, e.remedy) from e
     return out
 
-# %% ../../nbs/21_embed.ipynb #699866b3
+# %% ../../nbs/21_embed.ipynb #d18acb23
 def embed_records(records,                 # `Records` of aligned faces
                   embedder="linear",       # an Embedder, or what `load_embedder` takes
                   batch_size:int=64,       # images decoded and handed over together
@@ -484,7 +490,7 @@ def embed_records(records,                 # `Records` of aligned faces
     for i, d in enumerate(digests):
         if isinstance(d, bytes) and d in known: out[i] = known[d]
     todo = [i for i, d in enumerate(digests) if not (isinstance(d, bytes) and d in known)]
-    stream, bar = prefetched(lambda i: _crop(records, i, embedder.size), todo, workers, ahead=4*batch_size), progress(desc=f"embedding with {embedder.name}", total=len(todo), unit="face")
+    stream, bar = prefetched(lambda i: _crop(records, i, getattr(embedder, "size", 112)), todo, workers, ahead=4*batch_size), progress(desc=f"embedding with {embedder.name}", total=len(todo), unit="face")
     try:
         for start in range(0, len(todo), chunk):
             part = todo[start:start + chunk]

@@ -37,7 +37,7 @@ class Faces:
         "(n,) square root of the box's area, pixels."
         return np.sqrt(np.maximum(self.boxes[:, 2] - self.boxes[:, 0], 0)*np.maximum(self.boxes[:, 3] - self.boxes[:, 1], 0))
 
-# %% ../../nbs/21b_photos.ipynb #b5b42abb
+# %% ../../nbs/21b_photos.ipynb #14236b7c
 def choose_faces(faces:Faces,          # of one photograph
                  shape,                # (height, width) of the photograph
                  keep:str="all",       # "all", "largest" or "central" (large and near the middle)
@@ -47,13 +47,14 @@ def choose_faces(faces:Faces,          # of one photograph
                  ) -> Faces:
     "The faces of a photograph that are wanted, best first."
     if keep not in ("all", "largest", "central"): raise ConfigError("keep must be all, largest or central", keep)
+    if max_faces is not None and max_faces < 1: raise ConfigError("max_faces must be at least 1, or None", max_faces)
     faces = faces[(faces.scores >= min_score) & (faces.sizes >= min_size)]
     middle = (faces.boxes[:, :2] + faces.boxes[:, 2:])/2 - np.array([shape[1], shape[0]])/2
     value = faces.sizes**2 - (2*(middle**2).sum(1) if keep == "central" else 0)
     order = np.argsort(-value, kind="stable")[:1 if keep != "all" else max_faces]
     return faces[order] if keep != "all" else faces[np.sort(order)]
 
-# %% ../../nbs/21b_photos.ipynb #077b795c
+# %% ../../nbs/21b_photos.ipynb #8f8b4c91
 class Detector:
     "insightface's SCRFD from one ONNX file."
     def __init__(self, path,                # det_*.onnx
@@ -82,9 +83,13 @@ class Detector:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 2: raise DataError("image must be (H, W, 3) uint8 RGB of at least 2 x 2 pixels", (image.dtype.name, image.shape))
         found = self._once(image)
         if len(found) or not self.retry: return found
-        edge = max(image.shape[:2])//2
-        found = self._once(np.pad(image, ((edge, edge), (edge, edge), (0, 0)), constant_values=127), max(32, self.det_size//64*32))
-        return Faces(found.boxes - edge, found.scores, found.points - edge)
+        import cv2
+        h, w = image.shape[:2]
+        scale = min(1., 2*self.det_size/max(h, w))                                 # no need to pad twenty megapixels
+        small = image if scale == 1 else cv2.resize(image, (max(2, round(w*scale)), max(2, round(h*scale))), interpolation=cv2.INTER_AREA)
+        edge, scale = max(small.shape[:2])//2, np.array([small.shape[1]/w, small.shape[0]/h])
+        found = self._once(np.pad(small, ((edge, edge), (edge, edge), (0, 0)), constant_values=127), max(32, self.det_size//64*32))
+        return Faces((found.boxes - edge)/np.tile(scale, 2), found.scores, (found.points - edge)/scale)
 
     def _once(self, image, det_size=None):
         "One pass of the network."
@@ -96,7 +101,7 @@ class Detector:
 
     def __repr__(self): return f"Detector({self.name}, {self.det_size} px, score >= {self.min_score})"
 
-# %% ../../nbs/21b_photos.ipynb #3bc1056d
+# %% ../../nbs/21b_photos.ipynb #4df501b6
 DETECTORS = ("det_10g.onnx", "det_2.5g.onnx", "det_500m.onnx") # best first
 DETECTOR_LICENCE = "insightface models: non-commercial research only"
 
@@ -112,7 +117,7 @@ def find_detector(name=None, # file, file name, pack or folder; None: the best i
     if name is not None and Path(str(name)).suffix == ".onnx": return find_model(str(name), licence=DETECTOR_LICENCE)
     if name is not None:
         folder = _pack(name, root)
-        hits = sorted(folder.glob("det_*.onnx"), key=lambda f: (f.name not in DETECTORS, f.name)) if folder else []
+        hits = sorted([*folder.glob("det_*.onnx"), *folder.glob("scrfd*.onnx")], key=lambda f: (f.name not in DETECTORS, f.name)) if folder else []
         if hits: return hits[0]
         what = f"Pack {name} has no det_*.onnx" if folder else f"There is no insightface pack called {name}"
         raise MissingWeights(what, str(root) if root else None, f"Unpack it to ~/.insightface/models/{Path(str(name)).name} or give root=; {DETECTOR_LICENCE}")
