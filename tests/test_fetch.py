@@ -237,6 +237,7 @@ def test_offline_says_what_to_do(tmp_path):
         F.download("http://127.0.0.1:9/x", tmp_path/"x", SUM, tries=2, wait=.001)
     with pytest.raises(DataError, match="fetch it elsewhere"):
         F.download("http://nowhere.invalid/x", tmp_path/"x", SUM, tries=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_full_before_and_during(server, tmp_path, monkeypatch):

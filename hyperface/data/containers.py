@@ -21,7 +21,7 @@ from ..core import ConfigError, DataError, atomic_path, progress, write_text
 from .images import decode_image, encode_image
 from .records import Records, Skipped, Source, file_name, source_rows, standard_table, text_column, tolerate
 
-# %% ../../nbs/12a_containers.ipynb #47217905
+# %% ../../nbs/12a_containers.ipynb #668c76d5
 MAX_IMAGE_BYTES = 64*2**20     # no picture of a face is larger; a declared length above is damage
 
 class OpenFile:
@@ -37,7 +37,8 @@ class OpenFile:
         "n bytes at an offset; `DataError` if the file ends before."
         handle = self._handle if self._pid == os.getpid() else None  # held here, so that no other thread can close it
         if handle is None: handle = self._handle = open(self.path, "rb"); self._pid = os.getpid()
-        if offset < 0 or n < 0 or offset + n > self.size: raise DataError(f"{self.path} ends before byte {offset + n:,} (it has {self.size:,})", None, "The file is cut off; fetch it again")
+        if offset < 0 or n < 0 or offset + n > self.size:
+            raise DataError(f"{self.path} ends before byte {offset + n:,} (it has {self.size:,})", None, "The file is cut off; fetch it again")
         content = os.pread(handle.fileno(), n, offset)
         if len(content) != n: raise DataError(f"{self.path} became shorter while it was read, at byte {offset + len(content):,}")
         return content
@@ -63,7 +64,7 @@ class SpanSource(Source):
     def where(self, i): return f"{self.file.path} at byte {self.offsets[i]:,}"
     def encoded(self, i): return self.file.read(int(self.offsets[i]), int(self.lengths[i]))
 
-# %% ../../nbs/12a_containers.ipynb #9176bccf
+# %% ../../nbs/12a_containers.ipynb #623c0c07
 class Span:
     "A string of bytes in the file that was not read."
     __slots__ = ("offset", "length", "kind")
@@ -86,7 +87,9 @@ MAX_STEPS = 5_000_000
 def unescape(content:bytes, kind:int) -> bytes:
     "Bytes from their four forms in pickles: as they are, latin-1 text as UTF-8 or with escapes, a quoted literal."
     if kind == RAW: return content
-    try: return codecs.escape_decode(content.strip()[1:-1])[0] if kind == QUOTED else content.decode("utf-8" if kind == LATIN else "raw_unicode_escape").encode("latin-1")
+    try:
+        if kind == QUOTED: return codecs.escape_decode(content.strip()[1:-1])[0]
+        return content.decode("utf-8" if kind == LATIN else "raw_unicode_escape").encode("latin-1")
     except (UnicodeError, ValueError) as e: raise DataError(f"A string of bytes is damaged: {e}") from e
 
 # %% ../../nbs/12a_containers.ipynb #e282ecef
@@ -134,7 +137,7 @@ class PickleWalk:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0): self.fail("the stack is empty")
         return self.stack.pop()
 
-# %% ../../nbs/12a_containers.ipynb #b26a01ef
+# %% ../../nbs/12a_containers.ipynb #1c5e2eeb
 def _run(walk:PickleWalk):
     "Walk to the end; the value left on the stack."
     with open(walk.file.path, "rb") as walk.f:
@@ -156,7 +159,9 @@ def _step(w:PickleWalk, op:str|None) -> None:
         w.stack.append(int.from_bytes(w.take(n), "little", signed=True))
     elif op in ("INT", "LONG", "FLOAT"):
         text = w.line()
-        try: w.stack.append({b"00": False, b"01": True}.get(text) if op == "INT" and text in (b"00", b"01") else float(text) if op == "FLOAT" else int(text[:30].rstrip(b"L")))
+        try:
+            if op == "INT" and text in (b"00", b"01"): w.stack.append(text == b"01")
+            else: w.stack.append(float(text) if op == "FLOAT" else int(text[:30].rstrip(b"L")))
         except ValueError: w.fail(f"{text[:30]!r} is not a number")
     elif op in ("STRING", "UNICODE"):
         start = w.f.tell(); text = w.line()
@@ -309,7 +314,7 @@ def write_bin(records:Records, # rows 2k and 2k+1 are pair k
         pickle.dump((list(encoded_images(records, **options)), [bool(s) for s in same]), f, protocol=4)
     return Path(path)
 
-# %% ../../nbs/12a_containers.ipynb #4b1908d1
+# %% ../../nbs/12a_containers.ipynb #0fb3291f
 MAGIC, PART = 0xced7230a, 29
 HEADER = struct.Struct("<IfQQ")                                    # flag, label, id, id2
 
@@ -324,7 +329,9 @@ def _scan_rec(file:OpenFile, skipped:Skipped, on_error:str) -> np.ndarray: # (N,
                 raise DataError(f"{file.path} at byte {at:,}: no record begins here", hex(magic),
                                 "The file is damaged; with its .idx the records behind the damage can be read")
             if inside_record != (part in (2, 3)) or part > 3: raise DataError(f"{file.path} at byte {at:,}: part {part} of a record is out of place")
-            if at + 8 + n > file.size: raise DataError(f"{file.path} at byte {at:,}: the last record has {n:,} bytes and the file {file.size - at - 8:,} left", None, "The file is cut off; fetch it again")
+            if at + 8 + n > file.size:
+                raise DataError(f"{file.path} at byte {at:,}: the last record has {n:,} bytes and the file {file.size - at - 8:,} left", None,
+                                "The file is cut off; fetch it again")
         except DataError as e:
             tolerate(on_error, skipped, file.path, e, at)
             if inside_record: offsets.pop()
@@ -341,16 +348,18 @@ def _read_idx(path:Path) -> tuple[np.ndarray, np.ndarray]: # keys (N,), offsets 
         table = csv.read_csv(path, csv.ReadOptions(column_names=["key", "offset"]), csv.ParseOptions(delimiter="\t"),
                              csv.ConvertOptions(column_types={"key": int64(), "offset": int64()}, null_values=[]))
     except Exception as e:
-        raise DataError(f"{path} is not an index of 'key, tab, offset' lines: {str(e)[:120]}", None, "Delete it: the index is rebuilt from the .rec") from e
+        raise DataError(f"{path} is not an index of 'key, tab, offset' lines: {str(e)[:120]}", None,
+                        "Delete it: the index is rebuilt from the .rec") from e
     keys, offsets = table["key"].to_numpy(), table["offset"].to_numpy()
     if not len(keys): raise DataError(f"{path} is empty, not an index", None, "Delete it: the index is rebuilt from the .rec")
     for name, values in (("key", keys), ("offset", offsets)):
         ordered = np.sort(values)
         if (ordered[1:] == ordered[:-1]).any():
-            raise DataError(f"{path} has the {name} {ordered[1:][ordered[1:] == ordered[:-1]][0]} twice", None, "Delete it: the index is rebuilt from the .rec")
+            raise DataError(f"{path} has the {name} {ordered[1:][ordered[1:] == ordered[:-1]][0]} twice", None,
+                            "Delete it: the index is rebuilt from the .rec")
     return keys, offsets
 
-# %% ../../nbs/12a_containers.ipynb #25f5803b
+# %% ../../nbs/12a_containers.ipynb #0ec6961f
 class RecSource(SpanSource):
     "The images of a `.rec`: payloads, put together from their parts, behind their header."
     def payload(self, i:int) -> bytes:
@@ -361,7 +370,8 @@ class RecSource(SpanSource):
             part, n = word >> PART, word & (1 << PART) - 1
             if magic != MAGIC or part not in ((2, 3) if parts else (0, 1)):
                 raise DataError(f"{self.file.path} at byte {at:,}: no part of a record begins here")
-            if sum(map(len, parts)) + n > MAX_IMAGE_BYTES: raise DataError(f"{self.where(i)}: more than {MAX_IMAGE_BYTES:,} bytes", None, "Not a picture")
+            if sum(map(len, parts)) + n > MAX_IMAGE_BYTES:
+                raise DataError(f"{self.where(i)}: more than {MAX_IMAGE_BYTES:,} bytes", None, "Not a picture")
             parts.append(self.file.read(at + 8, n))
             at += 8 + (n + 3)//4*4
             if part in (0, 3): return struct.pack("<I", MAGIC).join(parts)
@@ -379,8 +389,10 @@ def _rec_headers(file:OpenFile, offsets:np.ndarray): # -> flags, labels (N, 2), 
     length, part, flag = words[:, 1] & (1 << PART) - 1, words[:, 1] >> PART, words[:, 2]
     labels = np.where((flag > 0)[:, None], np.where(np.arange(2) < flag[:, None], more, np.nan), np.stack([first, np.full_like(first, np.nan)], 1))
     end = np.where(part == 0, length, 1 << 40)
-    problem = np.select([words[:, 0] != MAGIC, part > 1, offsets + 8 + length > file.size, length > MAX_IMAGE_BYTES, length < HEADER.size, HEADER.size + 4*flag > end, (offsets % 4) != 0],
-                        ["no record begins here", "a middle part of a record", "the record is cut off", "longer than any picture", "too short for an image header", "more labels than bytes", "not a multiple of four"], "")
+    problem = np.select([words[:, 0] != MAGIC, part > 1, offsets + 8 + length > file.size,
+                         length > MAX_IMAGE_BYTES, length < HEADER.size, HEADER.size + 4*flag > end, (offsets % 4) != 0],
+                        ["no record begins here", "a middle part of a record", "the record is cut off",
+                         "longer than any picture", "too short for an image header", "more labels than bytes", "not a multiple of four"], "")
     empty = (part == 0) & (length == HEADER.size + 4*flag) & (problem == "")
     return flag, labels.astype(np.float64), length, problem, empty
 
@@ -652,7 +664,7 @@ def read_lmdb(path,                 # folder with data.mdb, or the file
     if values[:, 3].any(): source.features = values[:, 2:4].copy()
     return Records(standard_table(dict(image=text_column(names), identity=values[:, 4].copy())), source, name=path.stem, skipped=skipped)
 
-# %% ../../nbs/12a_containers.ipynb #f1856fdd
+# %% ../../nbs/12a_containers.ipynb #86ffe6f7
 def lmdb_features(records:Records, which=None # positions; None: all
                   ) -> np.ndarray:   # (N, D) float32
     "The feature vectors stored beside the images of a Vec2Face training set."
@@ -660,7 +672,8 @@ def lmdb_features(records:Records, which=None # positions; None: all
     rows, out = source_rows(records, slice(None) if which is None else which), []
     for row in rows:
         offset, length = (0, 0) if getattr(records.source, "features", None) is None else records.source.features[row]
-        if not 0 < length < 2**20: raise DataError(f"{records.source.where(int(row))} has no feature beside it", None, "HSFace holds images and labels only; embed them")
+        if not 0 < length < 2**20:
+            raise DataError(f"{records.source.where(int(row))} has no feature beside it", None, "HSFace holds images and labels only; embed them")
         content = records.source.file.read(int(offset), int(length))
         try: out.append(np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32).ravel() if content[:6] == b"\x93NUMPY" else np.frombuffer(content, "<f4"))
         except Exception as e: raise DataError(f"{records.source.where(int(row))}: the feature is damaged: {e}") from e
@@ -751,7 +764,7 @@ def _zip_member(file, offset, packed, size, method, crc) -> bytes:
     if zlib.crc32(content) != crc: raise DataError(f"{where}: the checksum is wrong")
     return content
 
-# %% ../../nbs/12a_containers.ipynb #ff487679
+# %% ../../nbs/12a_containers.ipynb #39d5f949
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 
 def _labels_of(content:bytes, where:str) -> dict[str, object]|None: # name -> number or list
@@ -786,7 +799,8 @@ def vector_column(vectors:np.ndarray # (N, D) float32
     "A table column of vectors."
     import pyarrow as pa
     vectors = np.ascontiguousarray(vectors, np.float32)
-    return pd.Series(pd.array(pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]), dtype=pd.ArrowDtype(pa.list_(pa.float32(), vectors.shape[1]))))
+    width = vectors.shape[1]
+    return pd.Series(pd.array(pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), width), dtype=pd.ArrowDtype(pa.list_(pa.float32(), width))))
 
 def vectors_of(column:pd.Series) -> np.ndarray: # (N, D) float32
     "The vectors of a table column."

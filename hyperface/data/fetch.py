@@ -109,7 +109,7 @@ def _begin(response, start:int) -> tuple[int, int|None]: # where the answer star
         raise DataError("The server answers with another part than was asked for", response.headers.get("Content-Range"))
     return start, int(found[2]) if found[2] != "*" else None if length is None else start + length
 
-# %% ../../nbs/14_fetch.ipynb #d17ccc82
+# %% ../../nbs/14_fetch.ipynb #828485d6
 def _attempt(url:str, f, part:Path) -> None:
     "One connection: append what comes to the open `.part`; an error if it ends early."
     note = part.with_suffix(".tag")
@@ -123,7 +123,9 @@ def _attempt(url:str, f, part:Path) -> None:
         if strong and not strong.startswith("W/"): note.write_text(strong)
         else: note.unlink(missing_ok=True)
         free = shutil.disk_usage(part.parent).free
-        if total is not None and total - at > free: raise DataError(f"No space for {part.stem}: {(total - at)/1e6:,.0f} MB are to come and {free/1e6:,.0f} MB are free", None, "Free some space and run it again; what has arrived is kept")
+        if total is not None and total - at > free:
+            raise DataError(f"No space for {part.stem}: {(total - at)/1e6:,.0f} MB are to come and {free/1e6:,.0f} MB are free", None,
+                            "Free some space and run it again; what has arrived is kept")
         with progress(desc=part.stem, total=total, unit="B") as bar:
             bar.update(at)
             while block := response.read(BLOCK):
@@ -145,15 +147,19 @@ def _transfer(url:str, part:Path, tries:int, wait:float) -> None:
                     raise DataError(f"{url} answers {e.code} {e.reason}", None,
                                     "The address may have moved; see its web page" if e.code < 500 else "Try again later") from e
             except OSError as e:
-                if e.errno == 28: raise DataError(f"No space left on the disk for {part.stem}", None, "Free some space and run it again; what has arrived is kept") from e
-                if k == tries - 1: raise DataError(f"{url} cannot be fetched: {getattr(e, 'reason', None) or e}", None, f"Without a network, fetch it elsewhere and put it at {part.with_suffix('')}; run again to resume") from e
+                if e.errno == 28:
+                    raise DataError(f"No space left on the disk for {part.stem}", None,
+                                    "Free some space and run it again; what has arrived is kept") from e
+                if k == tries - 1:
+                    raise DataError(f"{url} cannot be fetched: {getattr(e, 'reason', None) or e}", None,
+                                    f"Without a network, fetch it elsewhere and put it at {part.with_suffix('')}; run again to resume") from e
             except Exception as e:
                 if isinstance(e, HyperfaceError): raise
                 if k == tries - 1: raise DataError(f"{url} cannot be fetched: {e!r}", None, "Run again to resume") from e
             time.sleep(wait*2**k)
         raise DataError(f"{url} could not be fetched in {tries} tries", None, "Run again to resume")
 
-# %% ../../nbs/14_fetch.ipynb #fc2a3c4f
+# %% ../../nbs/14_fetch.ipynb #dbb65dce
 def download(url,                      # address, or several to try in order
              path,                     # the final file
              sha256:str|None=None,     # 64 hexadecimal digits; None accepts what comes
@@ -171,6 +177,7 @@ def download(url,                      # address, or several to try in order
     for k, u in enumerate(urls):
         try: _transfer(u, part, tries, wait); break
         except DataError as e:
+            if "another process" not in e.problem and part.exists() and part.stat().st_size == 0: part.unlink()
             if k == len(urls) - 1 or "No space" in e.problem or "another process" in e.problem: raise
     found = file_key(part)
     part.with_suffix(".tag").unlink(missing_ok=True)
@@ -182,7 +189,7 @@ def download(url,                      # address, or several to try in order
     os.replace(part, path)
     return found
 
-# %% ../../nbs/14_fetch.ipynb #d51ce458
+# %% ../../nbs/14_fetch.ipynb #5c46cce1
 MAX_UNPACKED = 50*2**30
 
 def _entries(archive:Path):
@@ -209,14 +216,16 @@ def unpack(archive, # .zip, .tgz, .tar
             for name, size, kind in entries:
                 if kind == "link":
                     raise DataError(f"{archive.name} holds a link or device", name[:100], "Archives of images and models hold files only")
-                if name.startswith(("/", "\\")) or ".." in re.split(r"[\\/]", name) or ":" in name: raise DataError(f"{archive.name} holds a name that leads out of the folder", name[:100], "The archive is hostile; delete it")
+                if name.startswith(("/", "\\")) or ".." in re.split(r"[\\/]", name) or ":" in name:
+                    raise DataError(f"{archive.name} holds a name that leads out of the folder", name[:100], "The archive is hostile; delete it")
             total = sum(size for _, size, _ in entries)
             if total > max_bytes:
                 raise DataError(f"{archive.name} would unpack to {total/2**30:,.0f} GiB", None, "A decompression bomb, or raise max_bytes")
             temporary.mkdir(parents=True)
             if total > shutil.disk_usage(temporary).free:
                 raise DataError(f"No space to unpack {archive.name}: {total/1e6:,.0f} MB", None, "Free some space")
-            handle.extractall(temporary) if isinstance(handle, zipfile.ZipFile) else handle.extractall(temporary, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+            strict = {"filter": "data"} if isinstance(handle, tarfile.TarFile) and hasattr(tarfile, "data_filter") else {}
+            handle.extractall(temporary, **strict)
         return _settle(temporary, folder)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, NotImplementedError, ValueError) as e:
         if isinstance(e, HyperfaceError): raise

@@ -281,7 +281,7 @@ def detect_format(path # file or folder
                   bupt=r"(?i)(^|/)(African|Asian|Caucasian|Indian)/[^/]+/[^/]+$", expressions=rf"(?i)(^|/)({'|'.join(EXPRESSIONS)})/[^/]+$")
     return next((kind for kind, pattern in habits.items() if share(pattern) > .5), "folder")
 
-# %% ../../nbs/12_formats.ipynb #3e252eea
+# %% ../../nbs/12_formats.ipynb #3f3d682b
 def read_dataset(path,                 # file or folder
                  format:str|None=None, # a key of READERS; None recognises it
                  on_error:str="raise", # or "skip": damaged and misnamed entries are listed in .skipped
@@ -294,7 +294,8 @@ def read_dataset(path,                 # file or folder
     if on_error not in ("raise", "skip"): raise ConfigError("on_error must be raise or skip", on_error)
     if kind == "native": records = Records.load(path.parent if path.is_file() else path)
     elif kind == "rec":
-        records = read_rec(min(path.glob("*.rec"), key=lambda p: (p.name != "train.rec", p.name), default=path/"train.rec") if path.is_dir() else path.with_suffix(".rec"), on_error)
+        first = min(path.glob("*.rec"), key=lambda p: (p.name != "train.rec", p.name), default=path/"train.rec")
+        records = read_rec(first if path.is_dir() else path.with_suffix(".rec"), on_error)
     else: records = READERS[kind][0](path, on_error)
     records.format = kind
     return records.readable(on_error) if check else records

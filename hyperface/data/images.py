@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core import DataError
 
-# %% ../../nbs/10a_images.ipynb #08dd802c
+# %% ../../nbs/10a_images.ipynb #5c8fdd90
 MAX_PIXELS = 89_478_485        # Pillow's own limit; a 20-megapixel photograph is 20e6
 MAX_FILE_BYTES = 256*2**20     # no photograph is larger
 
@@ -28,7 +28,8 @@ def read_file(path:str|Path,            # an ordinary file
     try:
         info = os.fstat(handle)
         if not stat.S_ISREG(info.st_mode): raise DataError(f"{path} is not an ordinary file", None, "Give the path of a picture")
-        if info.st_size > max_bytes: raise DataError(f"{path} has {info.st_size:,} bytes, more than {max_bytes:,}", None, "Not a photograph; raise max_bytes if it is one")
+        if info.st_size > max_bytes:
+            raise DataError(f"{path} has {info.st_size:,} bytes, more than {max_bytes:,}", None, "Not a photograph; raise max_bytes if it is one")
         with os.fdopen(handle, "rb", closefd=False) as f: content = f.read(max_bytes)
     except OSError as e: raise DataError(f"{path} cannot be read: {e.strerror}", None, "The disk or the network drive may be at fault") from e
     finally: os.close(handle)

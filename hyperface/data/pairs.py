@@ -86,7 +86,7 @@ def show_pairs(pairs:Pairs) -> None:
     display({"text/plain": repr(pairs), "text/html": f"<p>{html.escape(repr(pairs))}</p>"}, raw=True)
     if len(pairs) and not pairs.records.hidden: display(pair_sheet(pairs))
 
-# %% ../../nbs/13_pairs.ipynb #39aa0170
+# %% ../../nbs/13_pairs.ipynb #40da4a6b
 def _image_lookup(records:Records) -> dict[str, int]:
     "Positions by image name without suffix."
     stems = records.table["image"].str.replace(r"\.\w{2,5}$", "", regex=True)
@@ -103,8 +103,10 @@ def _lfw_line(line:str, expect:int) -> list[str]:
     "The two images of a line, as name/name_0001."
     parts = line.split("\t") if "\t" in line else line.split()
     if len(parts) != expect: raise DataError(f"{len(parts)} columns where {expect} are expected", line[:80])
-    name = (lambda who, k: f"{who}/{who}_{int(k):04d}") if all(p.strip().isdigit() and int(p) > 0 for p in parts[1::2]) and (expect == 4 or parts[2].strip().isdigit()) else None
-    if name is None or any(re.search(r"[\\/\0]|^\.|^$", p) for p in parts): raise DataError("not a name and a number from 1", line[:80])
+    numbers = parts[1::2] if expect == 4 else parts[1:]
+    name = lambda who, k: f"{who}/{who}_{int(k):04d}"
+    if not all(p.strip().isdigit() and int(p) > 0 for p in numbers) or any(re.search(r"[\\/\0]|^\.|^$", p) for p in parts):
+        raise DataError("not a name and a number from 1", line[:80])
     return [name(parts[0], parts[1]), name(parts[0], parts[2])] if expect == 3 else [name(parts[0], parts[1]), name(parts[2], parts[3])]
 
 def read_lfw_pairs(path,                 # pairs.txt, pairsDevTrain.txt, pairsDevTest.txt
@@ -115,7 +117,9 @@ def read_lfw_pairs(path,                 # pairs.txt, pairsDevTrain.txt, pairsDe
     lines = read_file(path).decode("utf-8-sig", "replace").splitlines()
     folds, n = _lfw_header(lines[0], path)
     body = [(k, line) for k, line in enumerate(lines[1:], 2) if line.strip()]
-    if len(body) != 2*n*folds: raise DataError(f"{path} has {len(body)} pairs and announces {2*n*folds} ({folds} folds of {n} + {n})", None, "The file is cut off or was edited; fetch it again")
+    if len(body) != 2*n*folds:
+        raise DataError(f"{path} has {len(body)} pairs and announces {2*n*folds} ({folds} folds of {n} + {n})", None,
+                        "The file is cut off or was edited; fetch it again")
     lookup, skipped, rows = _image_lookup(records), Skipped(), []
     for k, (number, line) in enumerate(body):
         genuine = k % (2*n) < n
@@ -268,7 +272,7 @@ def _groups(records:Records, positions:np.ndarray, within) -> list[np.ndarray]:
     part = records.table.iloc[positions]
     return [positions[np.sort(v)] for _, v in sorted(part.groupby(columns, observed=True, dropna=True).indices.items(), key=lambda x: str(x[0]))]
 
-# %% ../../nbs/13_pairs.ipynb #074a7bf5
+# %% ../../nbs/13_pairs.ipynb #143ba1d0
 def draw_pairs(records:Records,         # identities must be known
                n_genuine:int=10_000,    # pairs of one person
                n_impostor:int=10_000,   # pairs of two
@@ -294,7 +298,7 @@ def draw_pairs(records:Records,         # identities must be known
         for kind, w, t, total in zip(("genuine", "impostor"), want, there[f], there.sum(0)):
             if w > t:
                 raise DataError(f"Fold {f} of {records.name} has {t:,} different {kind} pairs and {w:,} are wanted", None,
-                                f"All folds together have {total:,}: ask for fewer pairs or fewer folds" + (", or drop `within`" if within and kind == "impostor" else ""))
+                                f"All folds together have {total:,}: ask for fewer pairs or fewer folds" + ", or drop `within`"*bool(within))
         if want[0]: parts.append((*_genuine(members, want[0], per_identity, draw), True, f))
         if want[1]: parts.append((*_impostor(groups, codes, want[1], draw), False, f))
     left, right = (np.concatenate([p[k] for p in parts] or [np.zeros(0, np.int64)]) for k in (0, 1))

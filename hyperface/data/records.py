@@ -106,11 +106,12 @@ def _words(name, x) -> pd.Series:
         except KeyError as e: raise DataError("Column gender must be female or male", e.args[0]) from e
     return x
 
-# %% ../../nbs/10_records.ipynb #ab411a52
+# %% ../../nbs/10_records.ipynb #056f1752
 def repeated(names:pd.Series # N strings
              ) -> str|None:  # one that occurs twice
     "A name that occurs twice, or None."
-    hashes = np.concatenate([np.zeros(0, np.uint64), *(pd.util.hash_array(names.iloc[a:a + 100_000].to_numpy(dtype=object), categorize=False) for a in range(0, len(names), 100_000))])
+    parts = (names.iloc[a:a + 100_000].to_numpy(dtype=object) for a in range(0, len(names), 100_000))
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(pd.util.hash_array(part, categorize=False) for part in parts)])
     ordered = np.sort(hashes)
     same = ordered[1:][ordered[1:] == ordered[:-1]]
     if not len(same): return None
@@ -459,7 +460,7 @@ def read_table(path:Path # "records.parquet"
         return found.to_pandas(types_mapper=lambda t: pd.ArrowDtype(t) if pa.types.is_fixed_size_list(t) else None, ignore_metadata=True), name and name.decode()
     except Exception as e: raise DataError(f"{path} cannot be read: {e}", None, "Write the set again") from e
 
-# %% ../../nbs/10_records.ipynb #7be62c3f
+# %% ../../nbs/10_records.ipynb #86929f4f
 def save_records(records:Records,      # what to write
                  folder,               # the new folder
                  format:str="png",     # "png" or "jpg", for images that are not encoded yet
@@ -476,7 +477,8 @@ def save_records(records:Records,      # what to write
         write_table(table, records.name, temporary/"records.parquet")
         return _install(temporary, folder)
     except OSError as e:
-        if e.errno == 28: raise DataError(f"No space left on the disk while writing {folder}", None, "Free some space; nothing was left behind") from e
+        if e.errno == 28:
+            raise DataError(f"No space left on the disk while writing {folder}", None, "Free some space; nothing was left behind") from e
         raise
     finally: shutil.rmtree(temporary, ignore_errors=True)
 
