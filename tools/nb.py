@@ -5,6 +5,7 @@
     python tools/nb.py export [NAME ...]  notebooks -> hyperface/*.py
     python tools/nb.py run   [NAME ...]   execute in place with a fresh kernel and keep the outputs
     python tools/nb.py build NAME ...     nb + export + run
+    python tools/nb.py adopt  REPORT      outputs of the paper's notebooks from a report made with HYPERFACE_PUBLISH=1
     python tools/nb.py readme             nbs/index.ipynb -> README.md
     python tools/nb.py check              exit 1 if package, README or notebooks are out of step; writes nothing
 
@@ -172,6 +173,24 @@ def run(path: Path, timeout: int = 3600) -> float:
     return time.monotonic() - started
 
 
+def adopt(report: Path) -> None:
+    "Take over the outputs of executed paper notebooks, cell by cell; refuse where the code differs or a cell failed."
+    for path in sorted((NBS / "paper").glob("[!._]*.ipynb")):
+        done = report / "notebooks" / path.name
+        if not done.exists():
+            sys.exit(f"{done} is missing: HYPERFACE_PUBLISH=1 hyperface reproduce --out {report}")
+        nb, executed = nbformat.read(path, as_version=4), nbformat.read(done, as_version=4)
+        ours = [c for c in nb.cells if c.cell_type == "code"]
+        theirs = [c for c in executed.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+        if [c.source for c in ours] != [c.source for c in theirs]:
+            sys.exit(f"{path.name} has changed since {done}")
+        for cell, other in zip(ours, theirs):
+            cell.outputs = [o for o in other.outputs if o.get("name") != "stderr"]
+            if any(o.output_type == "error" for o in cell.outputs):
+                sys.exit(f"{done} ended with an error")
+        write(clean(nb), path)
+
+
 def readme_text() -> tuple[str, dict[str, bytes]]:
     "README.md from index.ipynb: markdown as it is, code fenced, outputs below it; pictures become files."
     import base64
@@ -254,7 +273,7 @@ def problems() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["text", "nb", "export", "run", "build", "clean", "readme", "check"])
+    parser.add_argument("action", choices=["text", "nb", "export", "run", "build", "clean", "adopt", "readme", "check"])
     parser.add_argument("names", nargs="*")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -264,6 +283,8 @@ def main() -> None:
         sys.exit(bool(found))
     if args.action == "readme":
         return readme()
+    if args.action == "adopt":
+        return adopt(Path(args.names[0] if args.names else "reports/quick"))
     if args.action == "build" and not args.names:
         sys.exit("build needs names; `nb`, `export` and `run` take all by default")
     if args.action in ("nb", "build"):
