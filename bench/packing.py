@@ -28,9 +28,11 @@ def face_like(n: int, dim: int, seed: int = 0):
 
     from hyperface.core import rng
     r = rng(seed, "face-like", n, dim)
-    x = r.standard_normal((n, dim)) * np.exp(-1.1 * np.arange(dim) / (.3 * dim))
-    x += .2 * np.linalg.norm(x, axis=1).mean() * np.ones(dim) / dim**.5
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    x = r.standard_normal((n, dim), dtype=np.float32)
+    x *= np.exp(-1.1 * np.arange(dim) / (.3 * dim)).astype(np.float32)
+    x += np.float32(.2 * np.linalg.norm(x, axis=1).mean() / dim**.5)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return x
 
 
 def worker(name: str, n: int, dim: int, seconds: float, threads: int, seed: int) -> dict:

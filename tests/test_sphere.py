@@ -218,6 +218,11 @@ def test_cap_probability_is_a_distribution():
     np.testing.assert_allclose(bounds.cap_probability(t, 2), t / np.pi, atol=1e-12)
 
 
+def test_two_random_points():
+    r = bounds.random_reference(2, 512)
+    assert r.min_median_deg == pytest.approx(90) and r.min_mean_deg == pytest.approx(90, abs=1e-6) and r.nn_median_deg == pytest.approx(90)
+
+
 # ---- codes ------------------------------------------------------------------------------------------------------------------------
 def test_dual_bch_of_512_dimensions_exhaustively():
     spectrum = codes.inner_products(codes.field_trace_basis(2, 9, (1, 3)), 2, chunk=16384)
@@ -352,6 +357,24 @@ def test_zero_steps_return_the_start():
     assert not r.converged and r.reason == "all steps made"
 
 
+@pytest.mark.parametrize("start", [np.ones((50, 16)), np.ones((50, 16)) + 1e-6 * draws(50, 16), np.repeat(draws(5, 16), 10, axis=0)])
+def test_copies_in_the_start_are_separated(start):
+    r = packing.pack(50, 16, init=start, max_steps=100)
+    assert r.min_angle_deg > 75 and r.duplicates == 0
+
+
+def test_copies_in_the_gallery_are_separated_within_their_caps():
+    gallery = geometry.unit(draws(5, 16)).repeat(4, axis=0)
+    r = packing.pack(10, 16, gallery=gallery, min_anchor_cosine=.9, max_steps=60)
+    assert r.min_angle_deg > 30 and r.anchor_cosine >= .9 - 1e-6
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, True, None])
+def test_seed_must_be_whole(seed):
+    with pytest.raises(ConfigError, match="seed"):
+        packing.pack(5, 4, seed=seed)
+
+
 def test_target_angle_stops_early():
     r = packing.pack(1000, 64, symmetry="none", target_angle_deg=75)
     assert r.reason == "target angle reached" and r.min_angle_deg >= 75 - 1e-3 and r.steps < 150
@@ -436,6 +459,15 @@ def test_draws_are_at_the_angle(angle_deg):
     d = sampling.sample_at_angle(x, angle_deg, 5, seed=1)
     measured = np.degrees(geometry.angle(d.embeddings, x[d.identity]))
     np.testing.assert_allclose(measured, angle_deg, atol=6e-6 if angle_deg in (0, 180, 1e-4) else 2e-5)
+
+
+@pytest.mark.parametrize("angle_deg, d", [(.01, 512), (1, 512), (7.5, 512), (60, 64), (.5, 3), (20, 2)])
+def test_vmf_concentration_inverts_the_mean_cosine(angle_deg, d):
+    from scipy.special import ive
+    kappa = sampling.vmf_concentration(angle_deg, d)
+    assert math.degrees(math.acos(sampling.vmf_mean_cosine(kappa, d))) == pytest.approx(angle_deg, rel=1e-6)
+    if kappa < 1e5:
+        assert sampling.vmf_mean_cosine(kappa, d) == pytest.approx(ive(d / 2, kappa) / ive(d / 2 - 1, kappa), rel=1e-9)
 
 
 def test_directions_across_are_uniform():

@@ -133,7 +133,7 @@ def best_bound(n:int,   # points, >= 2
     options = [levenshtein_bound(n, dim)] + ([fejes_toth_bound(n)] if dim == 3 else [])
     return max(options, key=lambda b: b.cos)
 
-# %% ../../nbs/31_bounds.ipynb #f9f647a4
+# %% ../../nbs/31_bounds.ipynb #7b93510a
 def cap_probability(theta,   # radians, any shape
                     dim:int, # d >= 2
                     ):       # the same shape, in [0, 1]
@@ -150,7 +150,7 @@ def _quantile(log_survival, level:float) -> float:
 
 class RandomReference(NamedTuple):
     "What n uniformly random directions in R^d have; degrees."
-    min_median_deg: float # median of the smallest angle of all (Poisson limit)
+    min_median_deg: float # median of the smallest angle of all (pairs as if independent)
     min_mean_deg: float   # its mean
     nn_median_deg: float  # median of the angle to the nearest neighbour (exact)
     nn_mean_deg: float    # its mean
@@ -163,7 +163,7 @@ def random_reference(n:int,   # points, >= 2
     n, dim = _check(n, dim)
     if dim < 2: raise ConfigError("Random directions need dim >= 2", dim)
     nearest = lambda t: (n - 1)*np.log1p(-np.minimum(cap_probability(t, dim), 1 - 1e-16))
-    smallest = lambda t: -n*(n - 1)/2*cap_probability(t, dim)
+    smallest = lambda t: n/2*nearest(t)
     grid = np.linspace(0, np.pi, 200_001)
     mean = lambda f: float(np.degrees(np.trapezoid(np.exp(f(grid)), grid)))
     q = lambda f, level: float(np.degrees(_quantile(f, level)))

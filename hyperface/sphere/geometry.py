@@ -60,7 +60,7 @@ def angle(x,               # (n, d) or (d,) vectors, need not be of length 1
     result = 2*np.arctan2(np.linalg.norm(x - y, axis=1), np.linalg.norm(x + y, axis=1))
     return result[0] if scalar else result
 
-# %% ../../nbs/30_geometry.ipynb #bec7ff9e
+# %% ../../nbs/30_geometry.ipynb #86c7350b
 def _block_maxima(x, y, groups_x, groups_y, symmetric:bool, block:int, bar):
     "Best cosine and its index for every row of x among the rows of y (torch tensors); equal groups do not count."
     import torch
@@ -91,21 +91,22 @@ def _block_maxima(x, y, groups_x, groups_y, symmetric:bool, block:int, bar):
 def _recheck(x, y, rows, groups_x, groups_y, same:bool):
     "Angle and index of the nearest neighbour of some rows, searched in float64; ties to 1e-14 are decided by the exact angle."
     angles, index = np.empty(len(rows)), np.empty(len(rows), np.int64)
-    for start in range(0, len(rows), 128):
-        part = rows[start:start + 128]
-        left = x[part].astype(np.float64)                      # (<=128, d)
-        cos = np.concatenate([left @ y[b:b + 16384].T.astype(np.float64) for b in range(0, len(y), 16384)], 1)
+    size = int(np.clip(2e7/len(y), 16, 1024))                  # rows at a time: a table of at most 160 MB
+    for start in range(0, len(rows), size):
+        part = rows[start:start + size]
+        left, cos = x[part].astype(np.float64), np.empty((len(part), len(y)))
+        for b in range(0, len(y), 8192): np.matmul(left, y[b:b + 8192].astype(np.float64).T, out=cos[:, b:b + 8192])
         if groups_x is not None: cos[groups_x[part, None] == groups_y[None]] = -2
         elif same: cos[np.arange(len(part)), part] = -2
         top = cos.argmax(1)
-        angles[start:start + 128], index[start:start + 128] = angle(left, y[top]), top
+        angles[start:start + size], index[start:start + size] = angle(left, y[top]), top
         for k in np.flatnonzero(cos.max(1) > 1 - 1e-6):        # float64 cosines cannot rank angles below 1e-7 either
             candidates = np.flatnonzero(cos[k] >= cos[k, top[k]] - 1e-14)[:4096]
             exact = angle(left[k:k + 1], y[candidates]); j = exact.argmin()
             angles[start + k], index[start + k] = exact[j], candidates[j]
     return angles, index
 
-# %% ../../nbs/30_geometry.ipynb #925b7f2c
+# %% ../../nbs/30_geometry.ipynb #7db94820
 def nearest_neighbours(x,             # (n, d) vectors, need not be of length 1
                        y=None,        # (m, d) to search in; None searches x itself, a row never finds itself
                        groups=None,   # (n,) labels: a row never finds one with its own label (or a pair of label arrays, for x and y)
@@ -114,6 +115,7 @@ def nearest_neighbours(x,             # (n, d) vectors, need not be of length 1
     """Angle to the nearest neighbour of every row, in bounded memory. The angle is that of the two rows named, to 1e-12;
     another row may be nearer by at most 1e-6 rad. Rows without any candidate get NaN and index -1."""
     import torch
+    if isinstance(block, bool) or int(block) != block or block < 1: raise ConfigError("block must be a whole number >= 1", block)
     same = y is None
     x = unit(x, "x"); y = x if same else unit(y, "y")
     if x.shape[1] != y.shape[1]: raise DataError("x and y have different dimensions", (x.shape, y.shape))
@@ -139,7 +141,7 @@ def _exact_angles(x, y, best, index, groups_x, groups_y, same:bool):
         if len(rows): angles[rows] = angle(x[rows], y[index[rows]])
     again = found & (np.abs(best) > .995)
     closest = np.flatnonzero(found & ~again & (best >= best.max(initial=-2) - 1e-6))
-    again[closest[:int(2e11/(len(y)*x.shape[1]))]] = True      # all contacts of a packed set tie: then as many as a second or two allows
+    again[closest[:int(2e10/(len(y)*x.shape[1]))]] = True      # all contacts of a packed set tie: then as many as a second or two allows
     again = np.flatnonzero(again)
     angles[again], index[again] = _recheck(x, y, again, groups_x, groups_y, same)
     return angles, index

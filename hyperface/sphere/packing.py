@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'PackResult', 'load_packing', 'leading_subspace', 'certify', 'closest_pair', 'nearest_rows',
            'PublishedObjective', 'fast_bfloat16', 'hinge_gradient', 'to_caps', 'Hinge', 'json_text', 'SmoothMaximum',
-           'thin', 'start_points', 'default_steps', 'pack', 'extend']
+           'thin', 'start_points', 'shake', 'default_steps', 'pack', 'extend']
 
 # %% ../../nbs/32_packing.ipynb #73dd0377
 import math, time
@@ -456,7 +456,7 @@ def thin(gallery,     # (m, d) unit float32
     if len(best) < n: best = torch.cat([best, torch.tensor(np.setdiff1d(np.arange(m), best.numpy())[:n - len(best)])])  # only copies are left
     return np.sort(order[best.numpy()])
 
-# %% ../../nbs/32_packing.ipynb #a9430be6
+# %% ../../nbs/32_packing.ipynb #ac5efb8c
 METHODS = ("hinge", "hyperface", "code")
 
 def _whole(value, name:str, low:int):
@@ -477,7 +477,7 @@ def _check_gallery(gallery, dim:int):
     return gallery
 
 def start_points(n:int, dim:int, init, gallery, seed:int) -> np.ndarray: # (n, dim) unit float32
-    "The start: random directions, rows of the gallery, or given points; exact copies are shaken apart."
+    "The start: random directions, rows of the gallery, or given points."
     if init is None: init = "gallery" if gallery is not None and len(gallery) >= n else "random"
     if isinstance(init, str):
         if init == "random": x = rng(seed, "start", n, dim).standard_normal((n, dim))
@@ -488,9 +488,12 @@ def start_points(n:int, dim:int, init, gallery, seed:int) -> np.ndarray: # (n, d
     else:
         x = check_vectors(init, "init")
         if x.shape != (n, dim): raise DataError("init must have one row for each point", x.shape, f"Expected ({n}, {dim})")
-    x = unit(x, "init").astype(np.float32)
-    copies = np.setdiff1d(np.arange(n), np.unique(x, axis=0, return_index=True)[1])
-    if len(copies): x[copies] = unit(x[copies] + .01*unit(rng(seed, "copies").standard_normal((len(copies), dim))).astype(np.float32))
+    return unit(x, "init").astype(np.float32)
+
+def shake(x, seed:int, nearer_deg:float=1., by:float=.5) -> np.ndarray: # (n, d) unit float32
+    "Rows with a neighbour nearer than a degree moved at random by some 27: points that coincide push each other in no direction."
+    close = np.flatnonzero(nearest_neighbours(x)[0] < math.radians(nearer_deg)) if len(x) > 1 and x.shape[1] > 1 else []
+    if len(close): x = x.copy(); x[close] = unit(x[close] + by*unit(rng(seed, "shake").standard_normal((len(close), x.shape[1])))).astype(np.float32)
     return x
 
 # %% ../../nbs/32_packing.ipynb #4746656c
@@ -521,7 +524,7 @@ def _match(x, gallery, usable) -> np.ndarray:
         j = np.where(free, cos[i], -2).argmax(); rows[i] = usable[j]; free[j] = False
     return rows
 
-# %% ../../nbs/32_packing.ipynb #854916e1
+# %% ../../nbs/32_packing.ipynb #75677f5e
 def _prepare(n, dim, method, gallery, min_anchor_cosine, init, max_steps, seed, device, symmetry, subspace, alpha, lr, batch, low, block, scale):
     "The optimiser that the arguments ask for, with the basis it works in and the anchors; or points known in closed form."
     import torch
@@ -532,7 +535,7 @@ def _prepare(n, dim, method, gallery, min_anchor_cosine, init, max_steps, seed, 
         if gallery is None or (basis is not None and plain): return _closed_form(n, inner, seed), basis, None
     t = lambda a: torch.from_numpy(np.ascontiguousarray(a, np.float32)).to(device)
     if method == "hyperface":
-        return PublishedObjective(t(start_points(n, dim, init, gallery, seed)), None if gallery is None else t(gallery), alpha, lr, batch, seed), None, None
+        return PublishedObjective(t(shake(start_points(n, dim, init, gallery, seed), seed, 1e-3, .01)), None if gallery is None else t(gallery), alpha, lr, batch, seed), None, None
     if plain and symmetry == "auto": symmetry = "small" if n*inner <= 20_000 else "cyclic" if n >= 4*inner else "none"
     if plain and symmetry == "cyclic":
         from hyperface.sphere.orbits import OrbitHinge
@@ -549,6 +552,7 @@ def _prepare(n, dim, method, gallery, min_anchor_cosine, init, max_steps, seed, 
         anchors, limits = t(home), t(limits)
     else: x = start_points(n, dim, init, gallery, seed)
     if basis is not None and x.shape[1] != inner: x = unit(x @ basis.T.astype(np.float32), "the start within the subspace")
+    if init is not None and not (isinstance(init, str) and init == "random") or gallery is not None: x = shake(np.float32(x), seed)
     x = t(x); x = to_caps(x, anchors, limits) if anchors is not None else x
     budget = max(1, (max_steps - 8)/1.4 if anchors is not None or n < 4*inner else max_steps/1.25)
     return Hinge(x, budget, anchors, limits, None, low, block, seed, scale), basis, rows
@@ -559,7 +563,7 @@ def default_steps(n:int, dim:int, method:str, cyclic:bool, tied:bool, batch, sma
     if small: return 16*max(1, min(8, 10_000//(n*dim)))
     return int(np.clip(60_000*dim/n, 150, 4000)) if cyclic else 150
 
-# %% ../../nbs/32_packing.ipynb #f4196dcd
+# %% ../../nbs/32_packing.ipynb #dbb61d5c
 def pack(n:int,               # identities
          dim:int=512,         # dimension of the embedding space
          *,
@@ -588,6 +592,8 @@ def pack(n:int,               # identities
     if method not in METHODS: raise ConfigError("method must be one of " + ", ".join(METHODS), method)
     if symmetry not in ("auto", "cyclic", "small", "none"): raise ConfigError("symmetry must be one of auto, cyclic, small, none", symmetry)
     if max_steps is not None: max_steps = _whole(max_steps, "max_steps", 0)
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)): raise ConfigError("seed must be a whole number", seed)
+    if block is not None: block = _whole(block, "block", 16)
     alpha, lr, scale = _between(alpha, "alpha", 0, 1e6, False), _between(lr, "lr", 1e-12, 1e3, False), _between(step_scale, "step_scale", 1e-6, 1e6, False)
     c, seconds = _between(min_anchor_cosine, "min_anchor_cosine", 0, 1), _between(max_seconds, "max_seconds", 1e-3, 1e9)
     if batch is not None: batch = _whole(batch, "batch", 2)
@@ -597,9 +603,11 @@ def pack(n:int,               # identities
     inner = dim if subspace is None else _whole(subspace, "subspace", 1)
     target = _between(target_angle_deg, "target_angle_deg", 0, 180)
     if target is not None and n > 1 and target > best_bound(n, inner).angle_deg + 1e-9: raise ConfigError(f"No {n} points in {inner} dimensions are that far apart ({best_bound(n, inner).name}: {best_bound(n, inner).angle_deg:.3f} degrees)", target)
+    try: device = best_device(device)
+    except RuntimeError as e: raise ConfigError("No such torch device", device, "Use 'cpu' or 'cuda'") from e
     settings = dict(n=n, dim=dim, method=method, min_anchor_cosine=c, alpha=alpha, seed=seed, symmetry=symmetry, subspace=subspace, batch=batch, lr=lr, step_scale=scale, max_steps=max_steps)
     if method == "code": return certify(code_points(n, dim, seed), "code", gallery, converged=True, reason="explicit construction", settings=settings)
-    return _run(settings, gallery, init, seconds, target, best_device(device), low_precision, block, checkpoint, checkpoint_every)
+    return _run(settings, gallery, init, seconds, target, device, low_precision, block, checkpoint, checkpoint_every)
 
 # %% ../../nbs/32_packing.ipynb #9574860b
 def _run(s, gallery, init, seconds, target, device, low, block, checkpoint, every) -> PackResult:

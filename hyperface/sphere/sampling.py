@@ -111,12 +111,15 @@ def sample_interval(identities,        # (c, d) directions
     if keep_apart: low = np.maximum(low, np.cos(neighbour_limit(identities)))
     return _draw(identities, per_identity, seed, "interval", lambda r, k, i: np.arccos(r.uniform(low[i], 1, k)))
 
-# %% ../../nbs/33_sampling.ipynb #3e20e2e4
+# %% ../../nbs/33_sampling.ipynb #12afcff5
 def vmf_mean_cosine(kappa:float, # concentration, >= 0
                     d:int,       # dimension
                     ) -> float:
     "Mean cosine of the von Mises-Fisher law: I_{d/2}(kappa)/I_{d/2-1}(kappa), by continued fraction."
     if kappa <= 0: return 0.
+    if kappa > 1e5*max(1, d/512):                              # Amos' bounds, which agree to 1e-7 of 1 - A here
+        v = d/2 - .5
+        return (kappa/(v + math.hypot(v, kappa)) + kappa/(v + math.hypot(v + 1, kappa)))/2
     value = 0.
     for j in range(int(50 + 2*math.sqrt(kappa)*4 + kappa/4), -1, -1): value = 1/((d + 2*j)/kappa + value)
     return value
@@ -140,6 +143,7 @@ def sample_vmf(identities,        # (c, d) directions
     "Von Mises-Fisher draws round each identity (Wood 1994)."
     if not kappa > 0 or not math.isfinite(kappa): raise ConfigError("kappa must be > 0", kappa)
     m = np.shape(identities)[1] - 1
+    if m < 1: raise ConfigError("There is no direction across in one dimension", m + 1)
     b = m/(2*kappa + math.sqrt(4*kappa**2 + m**2)); x0 = (1 - b)/(1 + b); c = kappa*x0 + m*math.log(1 - x0*x0)
     def law(r, k, i):
         found = np.empty(0)
