@@ -175,7 +175,7 @@ def _one_photo(image, name, detector, choice, size):
     reason = "" if len(faces) else "no face found" if not len(found) else f"{len(found)} faces found, none wanted" if not len(wanted) else "the five points are no view of a face"
     return crops, _rows(name, faces, image.shape), dict(photo=name, status="embedded" if len(faces) else "no face", faces=len(faces), reason=reason)
 
-# %% ../../nbs/21b_photos.ipynb #f24c82cd
+# %% ../../nbs/21b_photos.ipynb #438c3381
 def extract_faces(photos,                  # a path, a folder, an array (H, W, 3) uint8 RGB, or a list of those
                   detector=None,           # a Detector, file, pack; None: the best that is there
                   embedder=None,           # an Embedder or name; None: the pack's, else the best-known recogniser in HYPERFACE_MODELS
@@ -212,7 +212,9 @@ def extract_faces(photos,                  # a path, a folder, an array (H, W, 3
 
 def _as_photo(name, item):
     "A path or an array as (H, W, 3) uint8 RGB."
-    if not isinstance(item, np.ndarray): return decode_image(item, name)
+    if not isinstance(item, np.ndarray):
+        try: return decode_image(item, name)
+        except DataError as e: raise DataError(e.problem.replace(str(item), name), e.value, e.remedy) from e
     if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3: raise DataError("a photograph must be (H, W, 3) uint8 RGB", (item.dtype.name, item.shape))
     return item
 
