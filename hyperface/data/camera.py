@@ -112,11 +112,11 @@ def cast_shadow(radius, hit:dict, light:dict, size:int) -> torch.Tensor: # (B, H
     dark = F.avg_pool2d(F.pad(dark[:, None], (1,)*4, mode="replicate"), 3, 1)
     return 1 - F.interpolate(dark, (size, size), mode="bilinear", align_corners=False)[:, 0]
 
-# %% ../../nbs/11d_camera.ipynb #8f6d4acd
+# %% ../../nbs/11d_camera.ipynb #4c1163db
 def put(canvas:dict, layer:dict, light:dict, shadow:float=.65) -> None:
     "Light a layer of pixels and put it where it belongs in depth: in front of what is there, or behind it."
     i = layer["index"]; c = layer["cover"]
-    B = [t.reshape(-1)[i] for t in layer["B"]]
+    B = [t.reshape(-1).index_select(0, i) for t in layer["B"]]
     colour = shade(layer["albedo"], layer["N"], _view(B), spread(light, layer["images"]), layer["ao"], (1 - shadow) + shadow*layer["ao"], None, layer.get("flow"))
     cover, z = canvas["cover"][i], canvas["z"][i]
     front = layer["z"] > z
@@ -134,7 +134,7 @@ def normals(hit:dict, m:torch.Tensor) -> list: # three (B, H, W)
     n = torch.rsqrt(dot(N, N))
     return [t*n for t in N]
 
-# %% ../../nbs/11d_camera.ipynb #0ba28b52
+# %% ../../nbs/11d_camera.ipynb #1621fac5
 def head_layer(p:dict, size:int, view:int, upright:bool):
     "Trace and paint the head: everything later stages need about it."
     R = map_resolution(size); B = len(p["eye_x"])
@@ -151,18 +151,18 @@ def head_layer(p:dict, size:int, view:int, upright:bool):
     paint_beard(p, flat, u, v, m[:, 6])
     gloss = (p["shine"][:, None, None]*(.75 + .35*gauss(u, .10) + .12*grain.view_as(u))).reshape(-1); flow = torch.zeros_like(gloss)
     paint_eyes(p, flat, gloss, u, v); paint_brows(p, flat, u, v); paint_mouth(p, flat, gloss, u, v)
-    cover = paint_hair(p, flat, gloss, flow, u, v); paint_accessories(p, flat, gloss, u, v)
+    cover = paint_hair(p, flat, gloss, flow, u, v, hit["cover"] > 0); paint_accessories(p, flat, gloss, u, v)
     hit.update(albedo=flat.view(3, *u.shape), gloss=gloss.view_as(u), flow=flow.view_as(u), N=normals(hit, m), hollow=m[:, 3], hair=cover, pixel=pixel)
     return hit, cam, light, maps
 
-# %% ../../nbs/11d_camera.ipynb #10d96f34
+# %% ../../nbs/11d_camera.ipynb #fc828c6b
 def body_layers(p:dict, cam:dict, size:int, pixel, cover):
     "Neck and shoulders in a frame that follows the head only in part: two layers of the pixels that the head leaves free."
     turn = rotation(.45*p["yaw"], .15*p["pitch"], .4*p["roll"])
     A, B = rays(dict(cam, turn=turn), size, size)
     index, q = gather((cover < .99) & (A[1] < -.25), p, "male child weight skin_tone tan yellow neckline cloth_r cloth_g cloth_b view_pixel")
     if index is None: return [], turn
-    images = torch.div(index, size*size, rounding_mode="floor"); a, b = ([t.reshape(-1)[index] for t in L] for L in (A, B)); px = q["view_pixel"]
+    images = torch.div(index, size*size, rounding_mode="floor"); a, b = ([t.reshape(-1).index_select(0, index) for t in L] for L in (A, B)); px = q["view_pixel"]
     wide = .47 + .10*q["male"]*(1 - q["child"]) - .10*q["child"] + .6*q["weight"]
     z, _, c, N = quadric(a, b, (0., 0., -.10), (wide, 1e3, .50 + 0*wide), px)
     x, y = a[0] + z*b[0], a[1] + z*b[1]

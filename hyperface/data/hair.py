@@ -35,7 +35,7 @@ def hair_thickness(p:dict, resolution:int) -> torch.Tensor: # (B, R, R) units of
     lump = 1 + (.07 + .16*c("curl"))*n[0]
     return (c("hair_side")*(1 - top) + c("hair_top")*top)*smooth(h*(1/.20))*lump.clamp(min=.25)*(c("hair_cap"))
 
-# %% ../../nbs/11c_hair.ipynb #b8d106c4
+# %% ../../nbs/11c_hair.ipynb #740bae5b
 HAIR = "hairline recession widow fringe fringe_wide part sweep side_low bald curl hair_r hair_g hair_b skin_offset skin_offset2 pixel hat hat_r hat_g hat_b hair_soft buzz"
 
 def hair_texture(q:dict, across, along):
@@ -46,12 +46,13 @@ def hair_texture(q:dict, across, along):
     curly = .24*wave[0] + .16*wave[1]
     return mix(straight, curly, q["curl"].clamp(0, 1)), fine
 
-def paint_hair(p:dict, albedo, gloss, flow, u, v) -> torch.Tensor: # (B, H, W) coverage by hair or hat
+def paint_hair(p:dict, albedo, gloss, flow, u, v, seen) -> torch.Tensor: # (B, H, W) coverage by hair or hat
     "The cap of hair (or a hat) on the head; changes `albedo` (3, N), `gloss` and `flow` (strand highlight) in place."
-    h = hairline(p, u, v); cover = torch.zeros_like(h)
-    index, q = gather((h > -.10) & (p["hair_cap"] + p["hat"] > .01)[:, None, None], p, HAIR)
+    cover = torch.zeros_like(u)
+    index, q = gather(seen & ((v > .06) | (u.abs() > .52)), p, HAIR)
     if index is None: return cover
-    U, V, d = u.reshape(-1)[index], v.reshape(-1)[index], h.reshape(-1)[index]
+    U, V = u.reshape(-1).index_select(0, index), v.reshape(-1).index_select(0, index)
+    d = hairline(q, U, V)
     crown = U/(1.35 - V).clamp(min=.35); side = V + .55*(U - q["part"])**2
     s = smooth((U.abs() - .75)*4)
     across = mix(mix(crown, side, q["sweep"].clamp(0, 1)*(1 - s)), U*.9 + .25*V, s); along = mix(V, U, q["sweep"].clamp(0, 1)*(1 - s))
@@ -67,8 +68,8 @@ def paint_hair(p:dict, albedo, gloss, flow, u, v) -> torch.Tensor: # (B, H, W) c
     cloth = torch.stack([q["hat_r"], q["hat_g"], q["hat_b"]])*rib
     line = step((V - .245 + .30*U*U)/(2*q["pixel"]) + .5)*step((V + .12 + .2*U.abs())*40)
     amount = mix((grow*thin).clamp(0, 1), line, q["hat"])
-    A = mix(albedo[:, index], mix(hair, cloth, q["hat"]).clamp(min=.003), amount)
-    albedo[:, index] = A
+    A = mix(albedo.index_select(1, index), mix(hair, cloth, q["hat"]).clamp(min=.003), amount)
+    albedo.index_copy_(1, index, A)
     gloss[index] = mix(gloss[index], torch.zeros_like(d), amount)
     flow[index] = amount*(1 - q["hat"])*(.55 + .8*tex.clamp(-.5, 1))*(1 - .75*q["curl"].clamp(0, 1))
     cover.view(-1)[index] = amount
@@ -86,7 +87,7 @@ def quadric(A, B, centre, radius, pixel): # lists of three (B, H, W) or numbers
     n = torch.rsqrt(N[0]*N[0] + N[1]*N[1] + N[2]*N[2])
     return z, (-root - b)*ia, (disc*ia*(.5*radius[0]/pixel)).clamp(0, 1), [t*n for t in N]
 
-# %% ../../nbs/11c_hair.ipynb #1c108e7a
+# %% ../../nbs/11c_hair.ipynb #0190bd2a
 LONG = "hair_wide hair_long hair_open wave curl hair_r hair_g hair_b skin_offset skin_offset2 view_pixel"
 
 def long_hair(p:dict, A, B, cover):
@@ -96,7 +97,7 @@ def long_hair(p:dict, A, B, cover):
     near = (A[0].abs() < wide[:, None, None]*1.15) & ((cover < .99) | (A[0].abs() > .40)) & (p["hair_long"] > .3)[:, None, None]
     index, q = gather(near, p, LONG)
     if index is None: return None
-    images = torch.div(index, A[0][0].numel(), rounding_mode="floor"); a, b = ([t.reshape(-1)[index] for t in L] for L in (A, B)); pixel = q["view_pixel"]
+    images = torch.div(index, A[0][0].numel(), rounding_mode="floor"); a, b = ([t.reshape(-1).index_select(0, index) for t in L] for L in (A, B)); pixel = q["view_pixel"]
     near, far, cover, N = quadric(a, b, (0., -.55, -.20), (q["hair_wide"], 1.75, .74), pixel)
     x, y, w = (a[i] + near*b[i] for i in range(3)); angle = torch.atan2(x, w + .9); wavy = q["wave"]
     strand = noise(angle*.75 + .012*wavy*torch.sin(y*7 + 3*angle) + q["skin_offset"], y*.07 + q["skin_offset2"], 0, 3)
@@ -111,7 +112,7 @@ def long_hair(p:dict, A, B, cover):
     return dict(index=index, images=images, B=B, z=mix(far, near, (lit > .5).to(x.dtype)), cover=cover*torch.maximum(lit, back), albedo=colour.clamp(min=.003),
                 N=[N[0] + .15*strand[2], N[1] + bend, N[2]], flow=lit*(.5 + .7*(tex - .8).clamp(0, 1)), ao=.35 + .60*lit)
 
-# %% ../../nbs/11c_hair.ipynb #324b1bb5
+# %% ../../nbs/11c_hair.ipynb #c5a8b9da
 EAR = "ear_size ear_out head_width skin_tone tan redness yellow view_pixel"
 
 def ear(p:dict, A, B, side:float):
@@ -123,7 +124,7 @@ def ear(p:dict, A, B, side:float):
     along = (side*(A[0] + z*B[0] - x0)*s - (A[2] + z*B[2] + .02)*k)/c("ear_size"); y = (A[1] + z*B[1] + .06)/c("ear_size")
     index, q = gather((((along - .13)**2*(1/.0529) + y*y*(1/.106)) < 1) & turned & (c("ear_cover") < .5), p, EAR)
     if index is None: return None
-    images = torch.div(index, A[0][0].numel(), rounding_mode="floor"); flat = lambda t: t.reshape(-1)[index]
+    images = torch.div(index, A[0][0].numel(), rounding_mode="floor"); flat = lambda t: t.reshape(-1).index_select(0, index)
     along, y, slope = flat(along), flat(y), flat(slope); s, k = torch.sin(q["ear_out"]), torch.cos(q["ear_out"])
     lean = along - .13 - .10*y; wide = (.185 + .12*y).clamp(.10, .22)
     rho = torch.sqrt((lean/wide)**2 + (y/.31)**2 + 1e-6)
@@ -150,23 +151,25 @@ def glasses(p:dict, A, B, pixel, images):
     bridge = step((t*1.1 - (y - .05 - .05*torch.cos(x*12)*(x.abs() < .13)).abs())/aa + .5)*step((cx - w + .01 - x.abs())/aa + .5)
     return torch.maximum(frame, bridge), step(-sdf/aa + .5), z, x, y
 
-# %% ../../nbs/11c_hair.ipynb #55a3e904
+# %% ../../nbs/11c_hair.ipynb #2dcc7755
 def paint_accessories(p:dict, albedo, gloss, u, v) -> None:
-    "What lies on the skin: a surgical mask, a scarf, the side-pieces of glasses."
-    c = lambda k: p[k][:, None, None]; a = u.abs()
-    arm = (p["glasses"] > 0)[:, None, None]
-    if bool(arm.any()):
-        d = step((.011 - (v - .012 - .03*(a - .4)).abs())/(1.2*c("pixel")) + .5)*smooth((a - .30)*40)*(a < 1.0)*arm
-        albedo[:] = mix(albedo, torch.stack([p[k] for k in ("frame_r", "frame_g", "frame_b")])[:, :, None, None].expand(-1, -1, *u.shape[1:]).reshape(3, -1), d.reshape(-1)*.9)
+    "What lies on the skin: the side-pieces of glasses, a surgical mask, a scarf. Changes `albedo` and `gloss` in place."
+    a = u.abs(); at = lambda t: t.reshape(-1).index_select(0, index); on = lambda k: (p[k] > 0)[:, None, None]
+    index, q = gather(on("glasses") & (a > .28) & (a < 1) & (v.abs() < .09), p, "frame_r frame_g frame_b pixel")
+    if index is not None:
+        x, y = at(a), at(v)
+        d = step((.011 - (y - .012 - .03*(x - .4)).abs())/(1.2*q["pixel"]) + .5)*smooth((x - .30)*40)*.9
+        albedo.index_copy_(1, index, mix(albedo.index_select(1, index), torch.stack([q["frame_r"], q["frame_g"], q["frame_b"]]), d))
     for kind, names in (("mask", "mask_r mask_g mask_b"), ("scarf", "hat_r hat_g hat_b")):
-        on = p[kind] > 0
-        if not bool(on.any()): continue
-        top = c("nose_length")*.55 + .05 - .75*(a - .05).clamp(min=0)**1.2*.35 if kind == "mask" else c("nose_length") - .045 + .05*torch.sin(u*9 + c("skin_offset")*30)
-        edge = torch.minimum(top - v, v + .64) if kind == "mask" else top - v
-        cloth = step(edge/(2*c("pixel")) + .5)*on[:, None, None]*(step((.62 - a)*30) if kind == "mask" else 1)
-        fold = 1 - .07*torch.cos((v + .04*torch.cos(u*4))*(75 if kind == "mask" else 38)) - .25*gauss(edge - .012, .006)
-        colour = torch.stack([p[k] for k in names.split()])[:, :, None, None]*fold
+        index, q = gather(on(kind) & (v < .12), p, names + " pixel nose_length skin_offset")
+        if index is None: continue
+        x, y = at(a), at(v)
         if kind == "mask":
-            strap = step((.010 - (v - top.clamp(min=-.14) - .02 - .10*(a - .6)).abs())/(1.2*c("pixel")) + .5)*((a > .58) & (a < 1.05))*on[:, None, None]
-            cloth = torch.maximum(cloth, strap)
-        albedo[:] = mix(albedo, colour.reshape(3, -1), cloth.reshape(-1)); gloss[:] = gloss*(1 - cloth.reshape(-1))
+            top = q["nose_length"]*.55 + .05 - .26*(x - .05).clamp(min=0)**1.2
+            strap = step((.010 - (y - top.clamp(min=-.14) - .02 - .10*(x - .6)).abs())/(1.2*q["pixel"]) + .5)*((x > .58) & (x < 1.05))
+            edge = torch.minimum(top - y, y + .64); cloth = torch.maximum(step(edge/(2*q["pixel"]) + .5)*step((.62 - x)*30), strap)
+        else:
+            edge = q["nose_length"] - .045 + .05*torch.sin(at(u)*9 + q["skin_offset"]*30) - y; cloth = step(edge/(2*q["pixel"]) + .5)
+        fold = 1 - .07*torch.cos((y + .04*torch.cos(x*4))*(75 if kind == "mask" else 38)) - .25*gauss(edge - .012, .006)
+        albedo.index_copy_(1, index, mix(albedo.index_select(1, index), torch.stack([q[k] for k in names.split()])*fold, cloth))
+        gloss.index_copy_(0, index, gloss.index_select(0, index)*(1 - cloth))

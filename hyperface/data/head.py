@@ -167,7 +167,7 @@ def landmarks3d(p:dict, maps:torch.Tensor) -> torch.Tensor: # (B, 5, 3) head fra
     v = torch.stack([0*eu, 0*eu, p["nose_length"], mc, mc + .052*p["au14"]], 1)
     return point(sample(maps[:, :1], u, v)[:, 0], u, v)
 
-# %% ../../nbs/11a_head.ipynb #19104747
+# %% ../../nbs/11a_head.ipynb #22e12e92
 def align(points:torch.Tensor, # (B, 5, 2) projected landmarks, y upwards
           target:torch.Tensor, # (B, 5, 2) where they shall be, pixels, y downwards
           upright:bool=True,   # also take out the rotation, as five-point alignment does
@@ -194,7 +194,7 @@ def camera(points3d:torch.Tensor, # (B, 5, 3) landmarks in the head frame
     a, b = align(plane, target, upright)
     x, y = plane[..., 0], plane[..., 1]; re, im = a.real[:, None], a.imag[:, None]
     landmarks = torch.stack([re*x - im*y + b.real[:, None], -(im*x + re*y) - b.imag[:, None]], -1)
-    return dict(a=a, b=b, turn=turn, distance=distance, landmarks=landmarks, depth=q[..., 2], roll_change=-torch.rad2deg(torch.angle(a)))
+    return dict(a=a, b=b, turn=turn, distance=distance, landmarks=landmarks, depth=q[..., 2], roll_change=torch.tensor([-math.degrees(math.atan2(y, x)) for x, y in zip(a.real.tolist(), a.imag.tolist())]))
 
 def rays(cam:dict, width:int, height:int, step:float=1.0, # pixels between rays; 2 gives every second pixel
          ):                                              # origin and direction, each a list of three (B, H, W)

@@ -93,7 +93,7 @@ def fields(p:dict, resolution:int) -> torch.Tensor: # (B, 3, R, R): blood, darke
         (.070 + o, (mv + nl)/2 - .030, .045, .022, 1.45*torch.maximum(m, s*.9) + .75*z, 1), (.165 + o, mv - .02, .028, .07, .9*torch.maximum(s, p["goatee"]) + .3*z, 1), (o, mv - .062, .028, .016, .5*torch.maximum(s, p["goatee"]), 0)], t, b)
     return torch.stack([blood, dark, beard], 1)
 
-# %% ../../nbs/11b_skin.ipynb #05aea3bc
+# %% ../../nbs/11b_skin.ipynb #c27d8fa1
 def gather(mask:torch.Tensor, # (B, H, W) bool
            p:dict, names:str, # parameter names, separated by blanks
            ):                 # (index (n,), {name: (n,)}); n is a multiple of 64
@@ -101,32 +101,44 @@ def gather(mask:torch.Tensor, # (B, H, W) bool
     index = torch.nonzero(mask.reshape(-1))[:, 0]
     if len(index) == 0: return None, {}
     index = torch.cat([index, index[-1:].expand(-len(index) % 64)])
-    image = torch.div(index, mask[0].numel(), rounding_mode="floor")
-    return index, {k: p[k][image] for k in names.split()}
+    ends = torch.searchsorted(index, torch.arange(1, len(mask) + 1)*mask[0].numel()).numpy()
+    counts = np.diff(ends, prepend=0)                                               # chosen pixels of each image, in order
+    return index, {k: torch.from_numpy(np.repeat(p[k].numpy(), counts)) for k in names.split()}
 
 def mix(a, b, t): return a + (b - a)*t
 
-# %% ../../nbs/11b_skin.ipynb #b18dcd6f
+# %% ../../nbs/11b_skin.ipynb #6cb67edd
 LINES = "wrinkle au1 au2 au4 au6 au9 au10 au12 au15 au20 eye_x eye_size nose_length nose_width mouth_y mouth_width"
 
-def wrinkles(q:dict, u:torch.Tensor, v:torch.Tensor, n:torch.Tensor) -> torch.Tensor: # (n,) darkening >= 0
-    "Lines of the forehead, between the brows, at the eyes, from nose to mouth; by age and by action."
-    a = u.abs(); w = q["wrinkle"]
-    tooth = lambda x: (torch.cos(x*6.2832).clamp(min=0)**2)**3
-    brows = (q["au1"] + q["au2"]).clamp(0, 2)
-    out = (.28*w + .17*brows)*tooth((v + .25*u*u - .007*n)*(1/.050))*gauss(v - .265 - .02*brows, .065)*gauss(u, .19)
+def _tooth(x): return (torch.cos(x*6.2832).clamp(min=0)**2)**3
+
+def _upper(q, u, v, n):
+    "Forehead, between the brows, root of the nose."
+    a = u.abs(); w = q["wrinkle"]; brows = (q["au1"] + q["au2"]).clamp(0, 2)
+    out = (.28*w + .17*brows)*_tooth((v + .25*u*u - .007*n)*(1/.050))*gauss(v - .265 - .02*brows, .065)*gauss(u, .19)
     out = out + (.22*w + .55*q["au4"].clamp(0, 1.3))*(gauss(a - .034, .007) + .5*gauss(a - .004, .006))*gauss(v - .105, .045)
-    ex, ey = a - (q["eye_x"] + q["eye_size"]*1.18), v + .004
-    out = out + (.42*w + .26*q["au6"].clamp(0, 1.2))*tooth(ey/(ex + .065).clamp(min=.02)*1.15 + .5 + .1*n)*gauss(ex - .045, .030)*gauss(ey, .05)*(ex > 0)
+    return out + .55*q["au9"]*_tooth((v + .35*a - .02)*(1/.034))*gauss(v - .035, .035)*gauss(a, .055)
+
+def _middle(q, u, v, n):
+    "Crow's feet and the line under the eye."
+    a = u.abs(); w = q["wrinkle"]; ex, ey = a - (q["eye_x"] + q["eye_size"]*1.18), v + .004
+    out = (.42*w + .26*q["au6"].clamp(0, 1.2))*_tooth(ey/(ex + .065).clamp(min=.02)*1.15 + .5 + .1*n)*gauss(ex - .045, .030)*gauss(ey, .05)*(ex > 0)
+    return out + .30*w*gauss(v + .072 - .02*((a - q["eye_x"])/.09)**2*.6, .006)*gauss(a - q["eye_x"] + .02, .06)
+
+def _lower(q, u, v, n):
+    "From the nose to the corners of the mouth, and down from there."
+    a = u.abs(); w = q["wrinkle"]
     t = ((q["nose_length"] - .008 - v)/(q["nose_length"] - q["mouth_y"] + .055)).clamp(-.2, 1.2)
     fold = q["nose_width"] + .014 + (q["mouth_width"] + .030 + .012*q["au12"] - q["nose_width"])*t + .022*t*(1 - t)*4
     depth = .03 + .46*w + .36*q["au12"].clamp(min=0) + .30*q["au9"] + .30*q["au10"] + .2*q["au20"] + .25*q["au15"]
-    out = out + depth*(gauss(a - fold, .010) + .4*step((fold - a)/.03)*gauss(a - fold, .022))*smooth(t*5 + .6)*smooth((1.08 - t)*4)
-    out = out + (.32*w + .12*q["au15"])*gauss(a - q["mouth_width"] - .012 - .10*(q["mouth_y"] - v), .008)*gauss(v - q["mouth_y"] + .06, .03)
-    out = out + .55*q["au9"]*tooth((v + .35*a - .02)*(1/.034))*gauss(v - .035, .035)*gauss(a, .055)
-    return out + .30*w*gauss(v + .072 - .04*((a - q["eye_x"])/.09)**2*.6, .006)*gauss(a - q["eye_x"] + .02, .06)
+    out = depth*(gauss(a - fold, .010) + .4*step((fold - a)/.03)*gauss(a - fold, .022))*smooth(t*5 + .6)*smooth((1.08 - t)*4)
+    return out + (.32*w + .12*q["au15"])*gauss(a - q["mouth_width"] - .012 - .10*(q["mouth_y"] - v), .008)*gauss(v - q["mouth_y"] + .06, .03)
 
-# %% ../../nbs/11b_skin.ipynb #c8bb6528
+def wrinkles(q:dict, u:torch.Tensor, v:torch.Tensor, n:torch.Tensor) -> torch.Tensor: # (n,) darkening >= 0
+    "Lines of the forehead, between the brows, at the eyes, from nose to mouth; by age and by action."
+    return _upper(q, u, v, n) + _middle(q, u, v, n) + _lower(q, u, v, n)
+
+# %% ../../nbs/11b_skin.ipynb #39d5cd5c
 SKIN_PARTS = "skin_offset skin_offset2 freckles age_spots skin_tone tan redness yellow mole0 mole0u mole0v mole1 mole1u mole1v mole2 mole2u mole2v"
 
 def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3, H, W): blood, darkening, beard sampled
@@ -136,7 +148,7 @@ def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3
     albedo, grain = torch.zeros(3, u.numel()), torch.zeros(u.numel())
     index, q = gather(seen, p, SKIN_PARTS)
     if index is None: return albedo, grain
-    flat = lambda t: t.reshape(-1)[index]
+    flat = lambda t: t.reshape(-1).index_select(0, index)
     x, y, blood, dark = flat(u), flat(v), flat(f[:, 0]), flat(f[:, 1])
     cloud, fine, _, spots = noise(x*.42 + q["skin_offset"], y*.42 + q["skin_offset2"])
     mel = q["skin_tone"] + q["tan"] + q["skin_tone"].clamp(max=.5)*.10*cloud + .012*fine + dark*(.6 + .8*q["skin_tone"])
@@ -144,28 +156,30 @@ def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3
     for k in range(3):
         if float(p[f"mole{k}"].max()) > 0: mel = mel + .55*q[f"mole{k}"]*step(1.4 - ((x - q[f"mole{k}u"])**2 + (y - q[f"mole{k}v"])**2)*(1/.0095**2))
     blood = .30 + .16*cloud + blood + .35*q["redness"] + .05*fine
-    albedo[:, index] = skin_colour(mel.clamp(min=.02), blood.clamp(min=0), q["yellow"])*(1 + .018*fine); grain[index] = fine
-    index, q = gather(seen & (u.abs() < .40) & (v > -.46) & (v < .40), p, LINES + " skin_offset skin_offset2")
-    if index is not None:
+    albedo.index_copy_(1, index, skin_colour(mel.clamp(min=.02), blood.clamp(min=0), q["yellow"])*(1 + .018*fine)); grain.index_copy_(0, index, fine)
+    a = u.abs(); aged = (p["wrinkle"] > .02)[:, None, None]
+    for where, lines in ((seen & (v > -.03) & (v < .42) & (a < .38), _upper), (seen & (a > .06) & (a < .46) & (v < .14) & (v > -.13) & (aged | (p["au6"] > .05)[:, None, None]), _middle), (seen & (v < -.12) & (v > -.47) & (a < .32), _lower)):
+        index, q = gather(where, p, LINES + " skin_offset skin_offset2")
+        if index is None: continue
         x, y = flat(u), flat(v)
-        lines = wrinkles(q, x, y, noise(x*.42 + q["skin_offset"], y*.42 + q["skin_offset2"], 0, 1)[0])
-        albedo[:, index] = albedo[:, index]*torch.exp(lines*torch.tensor([-.75, -1., -1.05])[:, None])
+        dark = lines(q, x, y, 0 if lines is _lower else noise(x*.42 + q["skin_offset"], y*.42 + q["skin_offset2"], 0, 1)[0])
+        albedo.index_copy_(1, index, albedo.index_select(1, index)*torch.exp(dark*torch.tensor([-.75, -1., -1.05])[:, None]))
     return albedo, grain
 
-# %% ../../nbs/11b_skin.ipynb #0eb5befd
+# %% ../../nbs/11b_skin.ipynb #d1da96a9
 def paint_beard(p:dict, albedo, u, v, density) -> None:
     "Hair on cheeks, chin and lip, and its shadow where it is shaved; changes `albedo` (3, N) in place."
     index, q = gather((density > .06) & (p["stubble"] + p["beard"] + p["moustache"] + p["goatee"] > .04)[:, None, None], p, "skin_offset skin_offset2 mouth_y mouth_width beard_dark beard_length hair_r hair_g hair_b")
     if index is None: return
-    U, V, d = u.reshape(-1)[index], v.reshape(-1)[index], density.reshape(-1)[index]
+    U, V, d = u.reshape(-1).index_select(0, index), v.reshape(-1).index_select(0, index), density.reshape(-1).index_select(0, index)
     s = noise(U*.75 + q["skin_offset2"] + .01*torch.sin(V*40), V*.22 + q["skin_offset"], 2, 3)[0]
     d = d*smooth((torch.sqrt((U/(q["mouth_width"] + .022))**2 + ((V - q["mouth_y"] + .008)*(1/.046))**2) - .88)*3.2)
     cover = smooth((d - .30 + .12*s)*2)*.93*smooth(q["beard_length"]*4)
     shadow = (d*(1/.8)).clamp(0, 1)*.36*q["beard_dark"]
     hair = torch.stack([q["hair_r"], q["hair_g"], q["hair_b"]])*(.92 + .20*s)
-    albedo[:, index] = mix(albedo[:, index]*(1 - shadow*torch.tensor([1., .92, .80])[:, None]), hair.clamp(min=.004), cover)
+    albedo.index_copy_(1, index, mix(albedo.index_select(1, index)*(1 - shadow*torch.tensor([1., .92, .80])[:, None]), hair.clamp(min=.004), cover))
 
-# %% ../../nbs/11b_skin.ipynb #2afb8b86
+# %% ../../nbs/11b_skin.ipynb #88540877
 EYE = "eye_x eye_size eye_open eye_tilt lid_fold gaze_x gaze_y blink au5 au6 au7 iris_r iris_g iris_b lash makeup shadow_r shadow_g shadow_b light_x light_y pixel squint pupil skin_offset"
 
 def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
@@ -173,7 +187,7 @@ def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     a = u.abs(); c = lambda k: p[k][:, None, None]
     index, q = gather(((a - c("eye_x")).abs() < 1.5*c("eye_size")) & ((v - .012).abs() < .088), p, EYE)
     if index is None: return
-    U, V = u.reshape(-1)[index], v.reshape(-1)[index]; side = torch.sign(U); x = U.abs() - q["eye_x"]
+    U, V = u.reshape(-1).index_select(0, index), v.reshape(-1).index_select(0, index); side = torch.sign(U); x = U.abs() - q["eye_x"]
     e = x/q["eye_size"]; e2 = (e*e).clamp(max=1.6); y = V - q["eye_tilt"]*x*.8; eps = 2.2*q["pixel"]
     arch = 1 - e2*(.62 + .38*e2)
     raise_ = (1 + .42*q["au5"] - .22*q["au7"] - .18*q["au6"] - .12*q["squint"]).clamp(min=.12)*(1 - q["blink"])
@@ -188,7 +202,7 @@ def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     eye = mix(eye, iris, step((R - r)/eps + .5)); eye = eye*(1 - .96*step((R*q["pupil"] - r)/eps + .5))
     spark = gauss(torch.sqrt((x - gx - side*q["light_x"]*.013)**2 + (y - gy - .003 - q["light_y"]*.013)**2), .0052 + .35*q["pixel"])
     eye = eye.clamp(min=.008)
-    A = albedo[:, index]
+    A = albedo.index_select(1, index)
     crease = top + q["lid_fold"]*(1 - .42*e2) + .004
     line = gauss(y - crease, .0045 + .5*q["pixel"])*step((1.22 - e.abs())*3)*step(q["lid_fold"]*90 - .6)
     lid = step((y - top)/.008)*smooth((crease + .012 - y)*60)*step((1.25 - e.abs())*4)
@@ -201,10 +215,10 @@ def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     under = gauss(y - low, .0035 + .4*q["pixel"])*smooth((1.02 - e.abs())*5)*(.30 + .22*q["lash"] + .3*q["makeup"])
     A = mix(A, eye, inside)
     A = mix(A, torch.full_like(A, .014), torch.maximum(dark, under).clamp(0, .96)*torch.where(raise_ > .2, 1., .9))
-    albedo[:, index] = A + .26*spark*inside
+    albedo.index_copy_(1, index, A + .26*spark*inside)
     gloss[index] = mix(gloss[index], torch.full_like(e, .10), inside)
 
-# %% ../../nbs/11b_skin.ipynb #7a9abc1a
+# %% ../../nbs/11b_skin.ipynb #8657f359
 BROW = "eye_x brow_y brow_thick brow_arch au1 au2 au4 au9 brow_r brow_g brow_b brow_dense pixel skin_offset brow_gap brow_long"
 
 def paint_brows(p:dict, albedo:torch.Tensor, u, v) -> None:
@@ -212,7 +226,7 @@ def paint_brows(p:dict, albedo:torch.Tensor, u, v) -> None:
     a = u.abs(); c = lambda k: p[k][:, None, None]
     index, q = gather((a < .36) & ((v - c("brow_y") - .012).abs() < .085), p, BROW)
     if index is None: return
-    U, V = u.reshape(-1)[index].abs(), v.reshape(-1)[index]
+    U, V = u.reshape(-1).index_select(0, index).abs(), v.reshape(-1).index_select(0, index)
     inner = .062 + q["brow_gap"] - .016*q["au4"]; t = (U - inner)/(.205 + q["brow_long"]); k = t.clamp(0, 1)
     centre = q["brow_y"] - .006 + .016*(k - .35) + q["brow_arch"]*(1 - ((k - .64)/.64)**2) + .026*q["au1"]*(1 - k)**1.5 + .024*q["au2"]*smooth(k*1.6) - .036*q["au4"]*(1 - .70*k) - .012*q["au9"]
     s = noise((V*.9 + U*.55) + q["skin_offset"], U*.16, 2, 3)[0]
@@ -220,9 +234,9 @@ def paint_brows(p:dict, albedo:torch.Tensor, u, v) -> None:
     d = (half - (V - centre).abs())/(.0045 + .8*q["pixel"])
     cover = step(d*.7 + .5 + .18*s)*smooth((t + .04)*9)*smooth((1.03 - t)*7)*q["brow_dense"]*(.88 + .10*s)
     hair = torch.stack([q["brow_r"], q["brow_g"], q["brow_b"]])
-    albedo[:, index] = mix(albedo[:, index], hair, cover.clamp(0, .95))
+    albedo.index_copy_(1, index, mix(albedo.index_select(1, index), hair, cover.clamp(0, .95)))
 
-# %% ../../nbs/11b_skin.ipynb #b529d3ca
+# %% ../../nbs/11b_skin.ipynb #4378d899
 MOUTH = "mouth_y mouth_width lip_upper lip_lower au10 au12 au14 au15 au17 au20 au23 au25 au26 lip_red lipstick stick_r stick_g stick_b nose_length nose_width nose_height pixel skin_offset teeth cupid wrinkle skin_tone"
 
 def mouth_lines(q:dict, U):
@@ -244,7 +258,7 @@ def paint_mouth(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     "Lips, the gap between them with teeth and tongue, nostrils; changes `albedo` and `gloss` in place."
     index, q = gather((u.abs() < .215) & (v < -.13) & (v > -.50), p, MOUTH)
     if index is None: return
-    U, V = u.reshape(-1)[index], v.reshape(-1)[index]; A = albedo[:, index]; eps = 2*q["pixel"]
+    U, V = u.reshape(-1).index_select(0, index), v.reshape(-1).index_select(0, index); A = albedo.index_select(1, index); eps = 2*q["pixel"]
     x, upper, upin, lowin, lower = mouth_lines(q, U); ax = x.abs(); end = step((1.02 - ax)*q["mouth_width"]/eps + .5)
     lip = step((upper - V)/(eps + .004) + .5)*step((V - lower)/(eps + .006) + .5)*end
     top = (V > (upin + lowin)*.5).to(V.dtype)
@@ -267,5 +281,5 @@ def paint_mouth(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     hole = smooth((1.40 - torch.sqrt(nx*nx + ny*ny))*1.0)
     A = A*(1 - hole*torch.tensor([.80, .88, .88])[:, None])
     wing = gauss(torch.sqrt(((U.abs() - .80*q["nose_width"])/.95)**2 + (V - q["nose_length"] + .012)**2) - .030, .006 + .4*q["pixel"])*step((U.abs() - .80*q["nose_width"])*60 + .3)*step((q["nose_length"] + .018 - V)*60)
-    albedo[:, index] = A*(1 - .30*wing*torch.tensor([.8, 1., 1.])[:, None])
+    albedo.index_copy_(1, index, A*(1 - .30*wing*torch.tensor([.8, 1., 1.])[:, None]))
     gloss[index] = gloss[index] + .07*lip*(1 - gap)*(1 + q["lipstick"]) - .03*hole
