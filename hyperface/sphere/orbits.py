@@ -36,7 +36,7 @@ def expand(generators # (g, d) numpy
     "All cyclic shifts of the generators."
     return np.concatenate([np.roll(generators, s, axis=1) for s in range(generators.shape[1])])
 
-# %% ../../nbs/32b_orbits.ipynb #1104118a
+# %% ../../nbs/32b_orbits.ipynb #14cdfae9
 class OrbitHinge:
     "The hinge on generators of cyclic orbits: threshold rising until no overlap is left."
     momentum, clip = .92, .2
@@ -87,13 +87,19 @@ class OrbitHinge:
         "All shifts of the best generators (torch, float32)."
         import torch
         return torch.cat([torch.roll(self.best, s, 1) for s in range(self.best.shape[1])])
-    def state(self):
-        import json
-        return dict(x=self.x.cpu().numpy(), v=self.v.cpu().numpy(), best=self.best.cpu().numpy(), quiet=self.quiet.cpu().numpy(), history=np.array(json.dumps(self.history)),
-                    numbers=np.array([self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.budget, self.first, self.grace], np.float64))
-    def load(self, state):
-        import json
-        import torch
-        for name in ("x", "v", "best", "quiet"): setattr(self, name, torch.from_numpy(state[name]).to(self.x.device))
-        self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.budget, self.first, self.grace = state["numbers"].tolist()
-        self.k, self.guards, self.rises, self.budget, self.grace = int(self.k), int(self.guards), int(self.rises), int(self.budget), int(self.grace); self.history = json.loads(str(state["history"]))
+
+# %% ../../nbs/32b_orbits.ipynb #7313250b
+def _orbit_state(self) -> dict:
+    "All that a resumed run needs."
+    import json
+    return dict(x=self.x.cpu().numpy(), v=self.v.cpu().numpy(), best=self.best.cpu().numpy(), quiet=self.quiet.cpu().numpy(), history=np.array(json.dumps(self.history)),
+                numbers=np.array([self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.budget, self.first, self.grace], np.float64))
+def _orbit_load(self, state):
+    "Take up a state that was written."
+    import json
+    import torch
+    for name in ("x", "v", "best", "quiet"): setattr(self, name, torch.from_numpy(state[name]).to(self.x.device))
+    self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.budget, self.first, self.grace = state["numbers"].tolist()
+    self.k, self.guards, self.rises, self.budget, self.grace = int(self.k), int(self.guards), int(self.rises), int(self.budget), int(self.grace); self.history = json.loads(str(state["history"]))
+
+OrbitHinge.state, OrbitHinge.load = _orbit_state, _orbit_load

@@ -321,7 +321,7 @@ class Hinge:
         level = torch.kthvalue(cos.flatten().float(), max(1, int(cos.numel() - q*len(rows)))).values
         self.t = float(level) if self.t != self.t else .5*self.t + .5*float(level)
 
-# %% ../../nbs/32_packing.ipynb #c1217315
+# %% ../../nbs/32_packing.ipynb #ac40c020
 def _hinge_step(self, seconds=0., cpu=0.):
     "One look-ahead step, with the guard; returns whether a checkpoint may follow."
     x, v, mu = self.x, self.v, self.momentum
@@ -353,6 +353,7 @@ def _hinge_step(self, seconds=0., cpu=0.):
     _hinge_threshold(self, top, q)
     return True
 
+# %% ../../nbs/32_packing.ipynb #36cfe5f7
 def _hinge_threshold(self, top:float, q:float):
     "Move the threshold, and see whether the end is reached."
     d = self.x.shape[1]
