@@ -33,7 +33,7 @@ def markdown_html(text:str) -> str:
     import mistune
     return _equations(mistune.create_markdown(escape=True, plugins=["table", "strikethrough"])(text))
 
-# %% ../../nbs/84_page.ipynb #0ccd84a3
+# %% ../../nbs/84_page.ipynb #d5ef8e8c
 CSS = """
 :root{--ink:#1c2126;--soft:#5b6570;--line:#dfe3e8;--paper:#fff;--wash:#f6f7f9;--blue:#0072B2;--green:#00734f;--red:#b34700;--amber:#8a5a00}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--soft:#a2abb5;--line:#343b43;--paper:#15191d;--wash:#1d2227;--blue:#6cb8e6;--green:#52c79d;--red:#f08b4d;--amber:#e0b050}img{background:#fff;border-radius:4px}}
@@ -42,7 +42,7 @@ a{color:var(--blue)}main{max-width:60rem;margin:0 auto;padding:1rem}h1{font-size
 h3{font-size:1.05rem;margin:1.8rem 0 .4rem}p{margin:.5rem 0}.soft{color:var(--soft);font-size:.9rem}.chip{display:inline-block;font-size:.8rem;font-weight:600;border:1px solid currentColor;border-radius:1rem;padding:0 .6rem;white-space:nowrap}
 .reproduced{color:var(--green)}.differs,.failed,.blocked{color:var(--red)}.not-comparable{color:var(--amber)}.computed,.done{color:var(--blue)}
 .box{overflow-x:auto;border:1px solid var(--line);border-radius:6px;margin:.6rem 0}table{border-collapse:collapse;font-size:.9rem;width:100%}th,td{padding:.35rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-th{background:var(--wash);white-space:nowrap}tr:last-child td{border-bottom:0}td[style*=right],th[style*=right]{font-variant-numeric:tabular-nums;white-space:nowrap}
+th{background:var(--wash)}tr:last-child td{border-bottom:0}td[style*=right],th[style*=right]{font-variant-numeric:tabular-nums;white-space:nowrap}
 figure{margin:.8rem 0}figure img{max-width:100%;height:auto;display:block;margin:auto}.why{border-left:3px solid currentColor;padding-left:.7rem}.why span{color:var(--ink)}
 nav ol{list-style:none;padding:0;margin:0}nav li{margin:.2rem 0;font-size:.9rem}pre{overflow-x:auto;background:var(--wash);padding:.7rem;border-radius:6px;font-size:.85rem}code{font-size:.9em}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.6rem;margin:1rem 0}.card{background:var(--wash);border-radius:6px;padding:.6rem .8rem}.card b{display:block;font-size:1.4rem}
@@ -89,7 +89,7 @@ def notebook_html(path:str|Path # an executed .ipynb
     extra = "<style>.jp-Cell{margin:.8rem 0}.jp-OutputArea-output img{max-width:100%;height:auto}.jp-RenderedHTMLCommon table{width:auto}.anchor-link{display:none}.ansi-red-fg{color:#b34700}</style>"
     return write_text(Path(path).with_suffix(".html"), page_html(Path(path).stem, extra + '<p class="soft"><a href="../index.html">Back to the report</a></p>' + _equations(body)))
 
-# %% ../../nbs/84_page.ipynb #03a067db
+# %% ../../nbs/84_page.ipynb #1aa2f465
 def _time(seconds) -> str:
     return "–" if seconds is None else f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds)//60} min {int(seconds) % 60} s"
 
@@ -110,13 +110,19 @@ def _order(name:str) -> tuple:
     "Tables and figures of the papers first, then further results, then experiments, then the audit."
     return ({"t": 0, "f": 0, "v": 1, "r": 2, "e": 3, "a": 4}.get(name[:1], 5), int(re.sub(r"\D", "", name.split("_")[0]) or 0), name)
 
+def _current(out:Path, record:dict) -> bool:
+    "Whether the last run of its page still made this record: a page that was renamed or shortened leaves none behind."
+    done = out/"results"/record["step"]/"_done.json"
+    if not record["step"] or not done.exists(): return True
+    return f"records/{record['kind']}-{record['name']}.json" in read_json(done)["made"]
+
 def build_page(out:str|Path # a report folder with run.json
                ) -> Path:   # index.html
     "Make `index.html` and `results.parquet` of a run."
     out = Path(out)
     run = read_json(out/"run.json")
     by_step = {name: [] for name in sorted(run["steps"], key=_order)}
-    found = read_records(out)
+    found = [r for r in read_records(out) if _current(out, r)]
     for record in found: by_step.get(record["step"], []).append(record)
     damaged = "".join(f'<p class="why failed"><span>The record {html.escape(r["name"])} cannot be read; its page has to run again.</span></p>' for r in found if r["kind"] == "damaged")
     by_step = {n: sorted(r, key=lambda x: x["kind"] != "table") for n, r in by_step.items()}
