@@ -89,7 +89,7 @@ def notebook_html(path:str|Path # an executed .ipynb
     extra = "<style>.jp-Cell{margin:.8rem 0}.jp-OutputArea-output img{max-width:100%;height:auto}.jp-RenderedHTMLCommon table{width:auto}.anchor-link{display:none}.ansi-red-fg{color:#b34700}</style>"
     return write_text(Path(path).with_suffix(".html"), page_html(Path(path).stem, extra + '<p class="soft"><a href="../index.html">Back to the report</a></p>' + _equations(body)))
 
-# %% ../../nbs/84_page.ipynb #1aa2f465
+# %% ../../nbs/84_page.ipynb #03a067db
 def _time(seconds) -> str:
     return "–" if seconds is None else f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds)//60} min {int(seconds) % 60} s"
 
@@ -110,19 +110,13 @@ def _order(name:str) -> tuple:
     "Tables and figures of the papers first, then further results, then experiments, then the audit."
     return ({"t": 0, "f": 0, "v": 1, "r": 2, "e": 3, "a": 4}.get(name[:1], 5), int(re.sub(r"\D", "", name.split("_")[0]) or 0), name)
 
-def _current(out:Path, record:dict) -> bool:
-    "Whether the last run of its page still made this record: a page that was renamed or shortened leaves none behind."
-    done = out/"results"/record["step"]/"_done.json"
-    if not record["step"] or not done.exists(): return True
-    return f"records/{record['kind']}-{record['name']}.json" in read_json(done)["made"]
-
 def build_page(out:str|Path # a report folder with run.json
                ) -> Path:   # index.html
     "Make `index.html` and `results.parquet` of a run."
     out = Path(out)
     run = read_json(out/"run.json")
     by_step = {name: [] for name in sorted(run["steps"], key=_order)}
-    found = [r for r in read_records(out) if _current(out, r)]
+    found = read_records(out)
     for record in found: by_step.get(record["step"], []).append(record)
     damaged = "".join(f'<p class="why failed"><span>The record {html.escape(r["name"])} cannot be read; its page has to run again.</span></p>' for r in found if r["kind"] == "damaged")
     by_step = {n: sorted(r, key=lambda x: x["kind"] != "table") for n, r in by_step.items()}

@@ -221,13 +221,18 @@ def done(self) -> pd.DataFrame:
 
 Run.table, Run.figure, Run.done = table, figure, done
 
-# %% ../../nbs/80_results.ipynb #c9144db0
+# %% ../../nbs/80_results.ipynb #80222fc7
+def _current(out:Path, record:dict) -> bool:
+    "Whether the last run of its page still made this record: a page that was renamed or shortened leaves none behind."
+    done = out/"results"/record["step"]/"_done.json"
+    return not done.exists() or f"records/{record['kind']}-{record['name']}.json" in read_json(done)["made"]
+
 def read_records(out:str|Path # a report folder
                  ) -> list[dict]:
-    "All tables and figures of a run, in the order of their names; damaged records are skipped by name."
+    "All tables and figures that the last run of each page made, in the order of their names; a damaged record is listed as `damaged`."
     found = []
     for path in sorted(Path(out, "records").glob("*.json")):
-        try: found.append(read_json(path))
+        try: record = read_json(path); found += [record] if _current(Path(out), record) else []
         except DataError: found.append(dict(kind="damaged", name=path.stem, title=path.name, status="differs", why="the record cannot be read", files=[], step="", caption="", data=""))
     return found
 
