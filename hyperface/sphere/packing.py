@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'PackResult', 'load_packing', 'leading_subspace', 'certify', 'closest_pair', 'nearest_rows',
            'PublishedObjective', 'fast_bfloat16', 'hinge_gradient', 'to_caps', 'Hinge', 'json_text', 'SmoothMaximum',
-           'thin', 'start_points', 'shake', 'default_steps', 'pack', 'extend']
+           'thin', 'start_points', 'shake', 'is_small', 'default_steps', 'pack', 'extend']
 
 # %% ../../nbs/32_packing.ipynb #73dd0377
 import math, time
@@ -525,7 +525,7 @@ def _match(x, gallery, usable) -> np.ndarray:
         j = np.where(free, cos[i], -2).argmax(); rows[i] = usable[j]; free[j] = False
     return rows
 
-# %% ../../nbs/32_packing.ipynb #75677f5e
+# %% ../../nbs/32_packing.ipynb #f0e48640
 def _prepare(n, dim, method, gallery, min_anchor_cosine, init, max_steps, seed, device, symmetry, subspace, alpha, lr, batch, low, block, scale):
     "The optimiser that the arguments ask for, with the basis it works in and the anchors; or points known in closed form."
     import torch
@@ -537,12 +537,15 @@ def _prepare(n, dim, method, gallery, min_anchor_cosine, init, max_steps, seed, 
     t = lambda a: torch.from_numpy(np.ascontiguousarray(a, np.float32)).to(device)
     if method == "hyperface":
         return PublishedObjective(t(shake(start_points(n, dim, init, gallery, seed), seed, 1e-3, .01)), None if gallery is None else t(gallery), alpha, lr, batch, seed), None, None
-    if plain and symmetry == "auto": symmetry = "small" if n*inner <= 20_000 else "cyclic" if n >= 4*inner else "none"
+    if plain and symmetry == "auto" and not is_small(n, inner, method, min_anchor_cosine, symmetry): symmetry = "cyclic" if n >= 4*inner else "none"
     if plain and symmetry == "cyclic":
         from hyperface.sphere.orbits import OrbitHinge
         return OrbitHinge(n, inner, .9*max_steps, seed, device, scale), basis, None
     if symmetry == "cyclic": raise ConfigError("symmetry='cyclic' chooses all points itself", None, "Leave out init, gallery and min_anchor_cosine, or use symmetry='none'")
-    if plain and symmetry == "small": return SmoothMaximum(start_points(n, inner, None, None, seed), min(64, max(1, max_steps//16)), min(16, max(1, max_steps)), seed), basis, None
+    if is_small(n, inner, method, min_anchor_cosine, symmetry):
+        x = start_points(n, inner, None, None, seed) if plain else shake(start_points(n, dim, init, gallery, seed), seed)
+        if x.shape[1] != inner: x = unit(x @ basis.T.astype(np.float32), "the start within the subspace")
+        return SmoothMaximum(x, min(64, max(1, max_steps//16)) if plain else 1, min(16, max(1, max_steps)), seed), basis, None
     anchors = rows = limits = None
     if min_anchor_cosine is not None:
         given = init is not None and not isinstance(init, str)
@@ -557,6 +560,10 @@ def _prepare(n, dim, method, gallery, min_anchor_cosine, init, max_steps, seed, 
     x = t(x); x = to_caps(x, anchors, limits) if anchors is not None else x
     budget = max(1, (max_steps - 8)/1.4 if anchors is not None or n < 4*inner else max_steps/1.25)
     return Hinge(x, budget, anchors, limits, None, low, block, seed, scale), basis, rows
+
+def is_small(n:int, inner:int, method:str, min_anchor_cosine, symmetry:str) -> bool:
+    "Whether smooth maxima are used: few points, tied to nothing, wherever they start. The hinge's model of contacts needs many dimensions."
+    return method == "hinge" and min_anchor_cosine is None and (symmetry == "small" or symmetry == "auto" and n*inner <= 20_000)
 
 def default_steps(n:int, dim:int, method:str, cyclic:bool, tied:bool, batch, small:bool) -> int:
     "Steps where none are given: about a minute for 10,000 free points, seconds for orbits."
@@ -610,12 +617,12 @@ def pack(n:int,               # identities
     if method == "code": return certify(code_points(n, dim, seed), "code", gallery, converged=True, reason="explicit construction", settings=settings)
     return _run(settings, gallery, init, seconds, target, device, low_precision, block, checkpoint, checkpoint_every)
 
-# %% ../../nbs/32_packing.ipynb #9574860b
+# %% ../../nbs/32_packing.ipynb #acbe6fa9
 def _run(s, gallery, init, seconds, target, device, low, block, checkpoint, every) -> PackResult:
     "Prepare, drive, certify."
     n, dim, method = s["n"], s["dim"], s["method"]; inner = s["subspace"] or dim
     plain = method == "hinge" and init is None and s["min_anchor_cosine"] is None and (gallery is None or s["subspace"])
-    small = plain and (s["symmetry"] == "small" or s["symmetry"] == "auto" and n*inner <= 20_000)
+    small = is_small(n, inner, method, s["min_anchor_cosine"], s["symmetry"])
     cyclic = plain and not small and (s["symmetry"] == "cyclic" or s["symmetry"] == "auto" and n >= 4*inner)
     steps = s["max_steps"]
     if steps is None: steps = default_steps(n, inner, method, cyclic, s["min_anchor_cosine"] is not None, s["batch"], small) if seconds is None else 10**6
