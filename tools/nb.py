@@ -150,11 +150,6 @@ def export(paths: list[Path], target: Path = PACKAGE) -> None:
             (folder / "__init__.py").write_text("")
 
 
-def modidx() -> None:
-    from nbdev.doclinks import _build_modidx
-    _build_modidx()
-
-
 def run(path: Path, timeout: int = 3600) -> float:
     "Execute in place with a fresh kernel in the notebook's own folder."
     import time
@@ -300,8 +295,6 @@ def main() -> None:
             write(clean(nbformat.read(path, as_version=4)), path)
     if args.action in ("export", "build"):
         export(chosen)
-        if args.action == "export" and not args.names:
-            modidx()
     if args.action in ("run", "build"):
         for path in chosen:
             print(f"{path.relative_to(ROOT)} ...", flush=True)
