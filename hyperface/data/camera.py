@@ -35,7 +35,7 @@ def spread(light:dict, images=None) -> dict:
     "Light as something that fits pixels: (3, B, 1, 1) for whole pictures, (3, n) for chosen pixels."
     return {k: t[:, :, None, None] if images is None else t[:, images] for k, t in light.items()}
 
-# %% ../../nbs/11d_camera.ipynb #19101895
+# %% ../../nbs/11d_camera.ipynb #a30974a9
 def dot(a, b): return a[0]*b[0] + a[1]*b[1] + a[2]*b[2]
 
 def _view(B):
@@ -50,24 +50,24 @@ def shade(albedo, N, view, light:dict, ao, shadow, gloss=None, flow=None) -> tor
     sky = (.62 + .38*dot(N, light["up"]))*ao
     fill = dot(N, light["fill"]).clamp(min=0)*.34*ao
     around = sky*.75 + fill
-    out = torch.empty_like(albedo)
+    out = torch.empty_like(albedo); open_ = .35 + .65*ao; lit = shadow*open_
     for c in range(3):
-        w = WRAP[c]
-        d = ((nl + w)*(1/(1 + w))).clamp(min=0)*(shadow if c else torch.sqrt(shadow))
-        out[c] = albedo[c]*(light["key"][c]*d*(.35 + .65*ao) + light["ambient"][c]*around)
+        d = (nl + WRAP[c]).clamp_(min=0).mul_(torch.sqrt(shadow)*open_ if c == 0 else lit).mul_(light["key"][c]*(1/(1 + WRAP[c])))
+        torch.mul(albedo[c], d.addcmul_(light["ambient"][c].expand_as(around), around), out=out[c])
+    if gloss is None and flow is None: return out
     H = [L[i] + view[i] for i in range(3)]; h = torch.rsqrt(dot(H, H)); H = [t*h for t in H]
     if gloss is not None:
         nh = dot(N, H).clamp(0, 1); s2 = nh*nh; s4 = s2*s2; s8 = s4*s4; s16 = s8*s8
-        rim = (1 - dot(N, view).clamp(0, 1)); rim = rim*rim*rim
-        spec = gloss*(s16*s4*.9 + s8*.22)*shadow + .030*rim*gloss*8*around
-        out = out + spec*light["key"]
+        rim = (1 - dot(N, view).clamp_(0, 1)); rim = rim*rim*rim
+        spec = ((s16*s4).mul_(.9).add_(s8, alpha=.22).mul_(shadow).add_(rim.mul_(around), alpha=.24)).mul_(gloss)
+        for c in range(3): out[c].addcmul_(spec, light["key"][c].expand_as(spec))
     if flow is not None:
         th = N[2]*H[1] - N[1]*H[2]
         band = torch.exp(-(th - .10)**2*(1/.030))*.055 + torch.exp(-(th + .12)**2*(1/.10))*.030
         out = out + (albedo*3.2 + .05)*(1.15 - albedo*2).clamp(min=.2)*(band*flow*shadow.clamp(min=.25))*light["key"]
     return out
 
-# %% ../../nbs/11d_camera.ipynb #c2645429
+# %% ../../nbs/11d_camera.ipynb #c61f197b
 def dot(a, b): return a[0]*b[0] + a[1]*b[1] + a[2]*b[2]
 
 def _view(B):
@@ -82,17 +82,17 @@ def shade(albedo, N, view, light:dict, ao, shadow, gloss=None, flow=None) -> tor
     sky = (.62 + .38*dot(N, light["up"]))*ao
     fill = dot(N, light["fill"]).clamp(min=0)*.34*ao
     around = sky*.75 + fill
-    out = torch.empty_like(albedo)
+    out = torch.empty_like(albedo); open_ = .35 + .65*ao; lit = shadow*open_
     for c in range(3):
-        w = WRAP[c]
-        d = ((nl + w)*(1/(1 + w))).clamp(min=0)*(shadow if c else torch.sqrt(shadow))
-        out[c] = albedo[c]*(light["key"][c]*d*(.35 + .65*ao) + light["ambient"][c]*around)
+        d = (nl + WRAP[c]).clamp_(min=0).mul_(torch.sqrt(shadow)*open_ if c == 0 else lit).mul_(light["key"][c]*(1/(1 + WRAP[c])))
+        torch.mul(albedo[c], d.addcmul_(light["ambient"][c].expand_as(around), around), out=out[c])
+    if gloss is None and flow is None: return out
     H = [L[i] + view[i] for i in range(3)]; h = torch.rsqrt(dot(H, H)); H = [t*h for t in H]
     if gloss is not None:
         nh = dot(N, H).clamp(0, 1); s2 = nh*nh; s4 = s2*s2; s8 = s4*s4; s16 = s8*s8
-        rim = (1 - dot(N, view).clamp(0, 1)); rim = rim*rim*rim
-        spec = gloss*(s16*s4*.9 + s8*.22)*shadow + .030*rim*gloss*8*around
-        out = out + spec*light["key"]
+        rim = (1 - dot(N, view).clamp_(0, 1)); rim = rim*rim*rim
+        spec = ((s16*s4).mul_(.9).add_(s8, alpha=.22).mul_(shadow).add_(rim.mul_(around), alpha=.24)).mul_(gloss)
+        for c in range(3): out[c].addcmul_(spec, light["key"][c].expand_as(spec))
     if flow is not None:
         th = N[2]*H[1] - N[1]*H[2]
         band = torch.exp(-(th - .10)**2*(1/.030))*.055 + torch.exp(-(th + .12)**2*(1/.10))*.030

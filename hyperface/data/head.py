@@ -116,7 +116,7 @@ def bumps(p:dict, # name -> (B,) tensors: shape parameters and actions
     for k, (a, b) in enumerate(RESIDUAL_PLACES): rows.append((a + 0*eu, b, .08 + .02*(k % 3), .08 + .02*(k % 2), s[f"residual{k}"]*.010, 0))
     return rows
 
-# %% ../../nbs/11a_head.ipynb #794f2d54
+# %% ../../nbs/11a_head.ipynb #10ef986a
 def surroundings(x:torch.Tensor, # (B, R, R)
                  ) -> torch.Tensor:
     "A smooth version of a map: means over blocks of four texels, once more over their neighbours, and back up."
@@ -138,7 +138,7 @@ def sample(maps:torch.Tensor, # (B, C, R, R)
            v:torch.Tensor) -> torch.Tensor: # (B, C, ...)
     "Bilinear look-up of maps at chart coordinates; outside the chart the border is repeated."
     b = maps.shape[0]
-    grid = torch.stack([u.reshape(b, 1, -1), v.reshape(b, 1, -1)], -1)*(1/SPAN)
+    grid = torch.view_as_real(torch.complex(u*(1/SPAN), v*(1/SPAN))).reshape(b, 1, -1, 2)   # side by side, faster than stacking
     out = F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return out.reshape(b, maps.shape[1], *u.shape[1:])
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..core import rng
 from .head import chart, separable
 
-# %% ../../nbs/11b_skin.ipynb #3988f394
+# %% ../../nbs/11b_skin.ipynb #57bed32e
 @lru_cache(maxsize=1)
 def noise_tile(side:int=512) -> torch.Tensor: # (1, 4, side, side): cloudy, fine, strands, spots; mean 0, variance 1
     "Four textures that repeat without a seam, made once from white noise by filtering."
@@ -36,7 +36,7 @@ def noise(x:torch.Tensor, y:torch.Tensor, # positions in tiles: 1 is the whole t
     "Textures at arbitrary positions, repeating."
     tile = noise_tile()[:, first:last]; n = tile.shape[-1]
     wrap = lambda t: ((t - torch.floor(t))*(2*(n - 1)/n) - (n - 1)/n)
-    grid = torch.stack([wrap(x).reshape(1, 1, -1), wrap(y).reshape(1, 1, -1)], -1)
+    grid = torch.view_as_real(torch.complex(wrap(x), wrap(y))).reshape(1, 1, -1, 2)
     return F.grid_sample(tile, grid, mode="bilinear", padding_mode="border", align_corners=False)[0, :, 0].reshape(last - first, *x.shape)
 
 # %% ../../nbs/11b_skin.ipynb #e46f5c8b
