@@ -164,7 +164,7 @@ def task(args) -> dict:
     torch.manual_seed(0)
     train, test = render_faces(args.identities, 30, size=64, seed=5), render_faces(200, 10, size=64, seed=6)
     x = torch.as_tensor(pixels(train)).permute(0, 3, 1, 2).contiguous()
-    y = torch.as_tensor(train.table["identity"].to_numpy())
+    y = torch.as_tensor(train.table["identity"].to_numpy().copy())
     net, weight = small_network(), torch.nn.Parameter(torch.randn(args.identities, 128) * 0.05)
     batch, start = 128, time.monotonic()
     total = int(args.seconds)
@@ -188,7 +188,7 @@ def task(args) -> dict:
     unit = lambda e: (e - e.mean(0)) / np.linalg.norm(e - e.mean(0), axis=1, keepdims=True)
     small = pixels(test).astype(np.float32)
     e, colour, tiny = embed(test), unit(small.mean((1, 2))), unit(small.reshape(len(test), 16, 4, 16, 4, 3).mean((2, 4)).reshape(len(test), -1))
-    out = dict(steps=steps, loss=round(float(loss), 3))
+    out = dict(steps=steps, loss=round(float(loss.detach()), 3))
     for name, v in (("network", e), ("mean colour", colour), ("16x16 pixels", tiny)): out[name] = dict(any=pair_accuracy(v, test.table, False), same_sex_and_group=pair_accuracy(v, test.table, True))
     return out
 

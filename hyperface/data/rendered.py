@@ -150,7 +150,7 @@ def check_conditions(c:pd.DataFrame) -> pd.DataFrame:
             _refuse(k, c[k], ~((x >= low) & (x <= high)), f"Between {low} and {high}: {meaning}")
     return c
 
-# %% ../../nbs/11_rendered.ipynb #4d49c320
+# %% ../../nbs/11_rendered.ipynb #6bf8acf9
 def draw_conditions(n:int,               # number of images
                     nuisance:float=1.0,  # 0 every picture the same, 1 as different as photographs from the street
                     seed:int=0,          # any integer; image i is the same whatever n is
@@ -166,11 +166,11 @@ def draw_conditions(n:int,               # number of images
     names = np.array([e for e in EXPRESSIONS if e != "neutral"])
     expression = np.where(u[:, 0] < .62*min(s, 1.3), names[(u[:, 1]*len(names)).astype(int)], "neutral").astype(object)
     woman = np.ones(n) if gender is None else (np.asarray(gender) == "female").astype(float)
-    cover = u[:, 2]/(.10*min(s, 1.5) + 1e-9); k = np.where(cover < 1, np.floor(cover*4), -1)
-    c = dict(intensity=.45 + .65*u[:, 3], age_change=2.*s*z[:, 0], yaw=np.clip(22*s*z[:, 1], -55, 55), pitch=np.clip(9.5*s*z[:, 2], -28, 28), roll=np.clip(6*s*z[:, 3], -18, 18),
+    cover = u[:, 2]/(.10*min(s, 1.5) + 1e-9); k = np.where(cover < 1, np.floor(cover*4), -1); covered = (k >= 0) & (k < 3)
+    c = dict(intensity=.45 + .65*u[:, 3], age_change=2.*s*z[:, 0], yaw=np.clip(22*s*z[:, 1], -55, 55)*np.where(covered, .6, 1), pitch=np.clip(9.5*s*z[:, 2], -28, 28), roll=np.clip(6*s*z[:, 3], -18, 18),
         gaze_x=np.clip(.35*s*z[:, 4], -1, 1), gaze_y=np.clip(.2*s*z[:, 5], -1, 1), blink=.9*yes(4, .025), light_azimuth=25 + s*(np.clip(42*z[:, 6], -80, 80) - 25*min(1, s)), light_elevation=np.clip(30 + s*14*z[:, 7], -10, 65),
         light_strength=.95*np.exp(s*.30*z[:, 8]), light_temperature=np.clip(.75*s*z[:, 9], -2, 2), ambient=.70*np.exp(s*.22*z[:, 10]), backlight=np.exp(.35*s*z[:, 11]), exposure=np.exp(.17*s*z[:, 12]),
-        contrast=np.clip(1 + .10*s*z[:, 13], .7, 1.35), saturation=np.clip(1 + .16*s*z[:, 14], .3, 1.6), glasses=yes(5, .17)*(1 + (u[:, 6] < .13)), mask=(k == 0).astype(int), hand=(k == 1).astype(int), scarf=(k == 2).astype(int), hat=((k == 3) | (yes(7, .05) > 0)).astype(int),
+        contrast=np.clip(1 + .10*s*z[:, 13], .7, 1.35), saturation=np.clip(1 + .16*s*z[:, 14], .3, 1.6), glasses=yes(5, .17)*(1 + ((u[:, 6] < .13) & ~covered)), mask=(k == 0).astype(int), hand=(k == 1).astype(int), scarf=(k == 2).astype(int), hat=((k == 3) | (yes(7, .05) > 0)).astype(int),
         makeup=np.where(u[:, 8] < .35*s*woman, u[:, 9], 0), beard=np.clip(np.exp(.25*s*z[:, 15]), 0, 2), hair_length=np.clip(.30*s*z[:, 16], -1, 1), fringe=np.clip(.35*s*z[:, 17], -1, 1), tan=np.clip(.03*s*z[:, 18], -.2, .3), blush=np.clip(.12*s*np.abs(z[:, 19]), 0, 1),
         background=np.full(n, int(s > .05)), distance=np.exp(np.log(11) + .32*s*np.clip(z[:, 20], -2, 2)), blur=np.where(s > 0, .25 + .95*s*u[:, 10]**3, 0), noise=.004*min(s, 1) + .020*s*u[:, 11]**2, jpeg=np.where(u[:, 12] < .7*s, np.round(40 + 55*u[:, 13]), 0).astype(int), jitter=np.full(n, .8*s), seed=S)
     for j, a in enumerate(ACTIONS): c[a] = np.clip(.06*s*z[:, 21 + j], -1, 1)

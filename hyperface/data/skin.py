@@ -179,7 +179,7 @@ def paint_beard(p:dict, albedo, u, v, density) -> None:
     hair = torch.stack([q["hair_r"], q["hair_g"], q["hair_b"]])*(.92 + .20*s)
     albedo.index_copy_(1, index, mix(albedo.index_select(1, index)*(1 - shadow*torch.tensor([1., .92, .80])[:, None]), hair.clamp(min=.004), cover))
 
-# %% ../../nbs/11b_skin.ipynb #88540877
+# %% ../../nbs/11b_skin.ipynb #0a14562c
 EYE = "eye_x eye_size eye_open eye_tilt lid_fold gaze_x gaze_y blink au5 au6 au7 iris_r iris_g iris_b lash makeup shadow_r shadow_g shadow_b light_x light_y pixel squint pupil skin_offset"
 
 def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
@@ -215,7 +215,7 @@ def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     under = gauss(y - low, .0035 + .4*q["pixel"])*smooth((1.02 - e.abs())*5)*(.30 + .22*q["lash"] + .3*q["makeup"])
     A = mix(A, eye, inside)
     A = mix(A, torch.full_like(A, .014), torch.maximum(dark, under).clamp(0, .96)*torch.where(raise_ > .2, 1., .9))
-    albedo.index_copy_(1, index, A + .26*spark*inside)
+    albedo.index_copy_(1, index, A + .26*spark*inside*(.0080/(.0052 + .35*q["pixel"])).clamp(max=1))
     gloss[index] = mix(gloss[index], torch.full_like(e, .10), inside)
 
 # %% ../../nbs/11b_skin.ipynb #8657f359
