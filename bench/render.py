@@ -18,7 +18,7 @@ from hyperface.core import find_model
 from hyperface.data.head import EXPRESSIONS
 from hyperface.data.rendered import broken, draw_conditions, draw_identities, make_conditions, render, render_faces
 
-FER = ["anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral"]
+FER = ["anger", "disgust", "fear", "happy", "sad", "surprise", "neutral"]
 
 
 def session(name: str):
@@ -87,11 +87,9 @@ def age_and_gender(images: np.ndarray):
 
 
 def expression(images: np.ndarray) -> np.ndarray:
-    import cv2
-    net = session("fer2013_mini_XCEPTION.onnx")
-    name = net.get_inputs()[0].name
-    crop = lambda x: (cv2.resize(cv2.cvtColor(x[10:, 5:107], cv2.COLOR_RGB2GRAY), (64, 64)).astype(np.float32) / 255 - 0.5) * 2
-    return np.array([FER[net.run(None, {name: crop(x)[None, None]})[0].argmax()] for x in images])
+    "As the package's adapter reads it: the crop was chosen on FER2013 and CK+, not on rendered faces."
+    from hyperface.extraction.attributes import load_attribute_model
+    return load_attribute_model("expression").predict(images.transpose(0, 3, 1, 2))["expression"].to_numpy(str)
 
 
 def pose(images: np.ndarray) -> np.ndarray:
@@ -104,14 +102,14 @@ def pose(images: np.ndarray) -> np.ndarray:
 def models(args) -> dict:
     out = {}
     for nuisance in (0.0, 0.4, 1.0):
-        r = render_faces(args.identities, 5, seed=3, nuisance=nuisance, cache=False, ages=(8, 85))
+        r = render_faces(args.identities, 5, seed=args.seed, nuisance=nuisance, cache=False, ages=(8, 85))
         x, t = pixels(r), r.table
         age, male = age_and_gender(x)
         out[f"nuisance {nuisance}"] = dict(scrfd=found_by_scrfd(x), **equal_error(arcface(x), t["identity"].to_numpy()), age_r=round(float(np.corrcoef(age, t["age"])[0, 1]), 3),
                                            gender=round(float((male == (t["gender"] == "male")).mean()), 3))
         if nuisance == 1.0:
             out["FSA-Net r (yaw, pitch)"] = [round(abs(float(np.corrcoef(pose(x)[:, k], t[c])[0, 1])), 3) for k, c in enumerate(("yaw", "pitch"))]
-    people = draw_identities(args.identities, 11, ages=(18, 60))
+    people = draw_identities(args.identities, args.seed + 1, ages=(18, 60))
     hits = {e: float((expression(render(people, make_conditions(len(people), e, seed=np.arange(len(people))), uint8=True)[0]) == e).mean()) for e in FER}
     assert set(FER) <= set(EXPRESSIONS)
     return out | {"expression": {k: round(v, 2) for k, v in hits.items()} | {"mean": round(float(np.mean(list(hits.values()))), 3)}}
@@ -199,6 +197,7 @@ if __name__ == "__main__":
     parser.add_argument("--identities", type=int, default=None, help="people (models 100, broken 200, task 1000)")
     parser.add_argument("--count", type=int, default=512, help="pictures for the measurement of speed")
     parser.add_argument("--seconds", type=float, default=300, help="seconds of training")
+    parser.add_argument("--seed", type=int, default=2026, help="of the people shown to the models; seeds 3 and 11 served in tuning the renderer")
     args = parser.parse_args()
     args.identities = args.identities or dict(models=100, broken=200, task=1000).get(args.what, 0)
     print(json.dumps(dict(speed=speed, models=models, broken=check, task=task)[args.what](args), indent=1))

@@ -49,10 +49,10 @@ SHAPE = dict(
     temple=(-.015, .010, -.003, .012, -.012), muzzle=(.125, .012, .003, -.010, 0), jowl=(0, .006, .002, .006, .028), weight=(.0, .030, .0, .010, -.010), ear_out=(.34, .10, .03, .08, .03), ear_size=(1.0, .09, .05, -.06, .12))
 RESIDUALS = 12    # unnamed bumps at fixed places: what makes a face individual beyond the named features
 
-# %% ../../nbs/11a_head.ipynb #c9f6b2fd
+# %% ../../nbs/11a_head.ipynb #7f019919
 ACTIONS = dict(au1="inner brows up", au2="outer brows up", au4="brows down and together", au5="upper lids up", au6="cheeks up", au7="lids tight", au9="nose wrinkled",
     au10="upper lip up", au12="lip corners up", au14="one corner up (dimple)", au15="lip corners down", au17="chin up", au20="lips stretched", au23="lips pressed", au25="lips parted", au26="jaw dropped")
-EXPRESSIONS = dict(neutral={}, happiness=dict(au6=1.1, au12=1.15, au25=.75, au7=.3, au26=-.12, au1=-.15), sadness=dict(au1=1.25, au2=-.3, au15=1.15, au17=.8, au4=.5, au5=-.55, au7=.3, au23=.2),
+EXPRESSIONS = dict(neutral={}, happy=dict(au6=1.1, au12=1.15, au25=.75, au7=.3, au26=-.12, au1=-.15), sad=dict(au1=1.25, au2=-.3, au15=1.15, au17=.8, au4=.5, au5=-.55, au7=.3, au23=.2),
     surprise=dict(au1=.9, au2=1, au5=1, au25=.5, au26=1), fear=dict(au1=1.5, au2=-.1, au4=.75, au5=1.15, au20=1.3, au25=.75, au15=.2),
     anger=dict(au4=1.6, au1=-.4, au5=.15, au7=.9, au23=1.15, au17=.5, au9=.6, au15=.75), disgust=dict(au9=1.3, au10=1.2, au4=1.2, au7=1.0, au6=.3, au15=.6, au12=-.35, au25=.55, au26=.3),
     contempt=dict(au14=1, au12=.1, au2=.25, au7=.2))
