@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .core import ConfigError, DataError, HyperfaceError
 
-# %% ../nbs/91_cli.ipynb #f0a20af6
+# %% ../nbs/91_cli.ipynb #0906a314
 COMMANDS = {}
 
 def command(help:str, # one line for `hyperface --help`
@@ -43,14 +43,14 @@ def main(argv:list[str]|None=None # words after `hyperface`; None takes the proc
     "Run a command."
     args = parser().parse_args(argv)
     try: return args.run(args) or 0
-    except (HyperfaceError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as e:
+    except BrokenPipeError: return 0
+    except (HyperfaceError, OSError) as e:
         if args.debug: raise
         print(f"hyperface {args.command}: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
-    except BrokenPipeError: return 0
 
 # %% ../nbs/91_cli.ipynb #a362f56e
 _RUN = (_arg("--profile", default="quick", help="smoke, quick, study, full, or a YAML file"), _arg("--data", default="", help="folder of real data (default: HYPERFACE_DATA)"),
@@ -77,7 +77,7 @@ def status(args) -> None:
     wide = max(map(len, frame.step))
     for row in frame.itertuples(): print(f"{row.step:{wide}}  {'' if row.seconds is None or row.seconds != row.seconds else f'{row.seconds:7.1f} s':10}  {row.state}")
 
-# %% ../nbs/91_cli.ipynb #b12ccd58
+# %% ../nbs/91_cli.ipynb #406d6d6f
 _MODEL = _arg("--model", default=None, help="recognition model: an .onnx file, its name in HYPERFACE_MODELS, an insightface pack, or `linear`")
 
 @command("detect, align and embed faces: photographs -> .npz", _arg("photos", nargs="+", metavar="PHOTO|FOLDER"), _arg("-o", "--out", required=True, help=".npz or .parquet"), _MODEL,
@@ -86,10 +86,17 @@ _MODEL = _arg("--model", default=None, help="recognition model: an .onnx file, i
          _arg("--min-score", type=float, default=.5), _arg("--det-size", type=int, default=640), _arg("--no-flip", action="store_true", help="do not add the mirror image's features"))
 def embed(args) -> int:
     "1 if no face was found at all."
-    if not args.out.endswith((".npz", ".parquet")): raise ConfigError("The output must end in .npz or .parquet", args.out)
+    _check_output(args.out, ".npz", ".parquet")
     found = _embed_aligned(args) if args.aligned else _embed_photos(args)
     if not len(found): print("No face was found; nothing was written.", file=sys.stderr); return 1
     print(f"{found!r} -> {found.save(args.out)}")
+
+def _check_output(path:str, *suffixes) -> None:
+    "Refuse an output that cannot be written before anything is computed."
+    if suffixes and not path.endswith(suffixes): raise ConfigError(f"The output must end in {' or '.join(suffixes)}", path)
+    if Path(path).is_dir(): raise ConfigError("The output is a folder", path, "Name a file")
+    folder = next((p for p in Path(path).absolute().parents if p.exists()), Path("/"))
+    if not folder.is_dir() or not os.access(folder, os.W_OK): raise ConfigError("The output cannot be written there", str(folder))
 
 def _embed_photos(args):
     "Embeddings of every face, and a line for each photograph that gave none."
@@ -109,10 +116,12 @@ def _embed_aligned(args):
     if len(args.photos) != 1: raise ConfigError("--aligned takes one folder or file", args.photos)
     records = read_dataset(args.photos[0], on_error="skip")
     found = embed_records(records, load_embedder(args.model or "linear", flip=not args.no_flip), on_error="skip")
-    for line in [*records.skipped, *(found.report.itertuples(index=False) if found.report is not None else [])]: print(line, file=sys.stderr)
+    for line in records.skipped: print(line, file=sys.stderr)
+    for row in found.report.itertuples() if found.report is not None else []:
+        if row.status != "embedded": print(f"{row.image}: {row.reason}", file=sys.stderr)
     return found
 
-# %% ../nbs/91_cli.ipynb #0bab74a7
+# %% ../nbs/91_cli.ipynb #0e3d7802
 @command("verify pairs: LFW's pairs.txt over a folder of aligned images, or an insightface .bin", _arg("--images", default=None, help="folder of aligned images, Name/Name_0001.jpg"),
          _arg("--pairs", required=True, help="pairs.txt, a list of two names and a label, or a .bin"), _MODEL, _arg("--no-flip", action="store_true"), _arg("-o", "--out", default=None, help="write the scores as CSV"),
          _arg("--skip", action="store_true", help="leave out pairs whose images are missing, and say how many"))
@@ -122,16 +131,33 @@ def verify(args) -> None:
     from hyperface.extraction.embed import embed_records, load_embedder
     from hyperface.metrics.verification import VerificationReport
     is_bin = args.pairs.endswith(".bin")
+    if args.out: _check_output(args.out)
     if not is_bin and args.images is None: raise ConfigError("--images is needed unless --pairs is a .bin")
     mode = "skip" if args.skip else "raise"
     pairs = read_pairs(args.pairs, None if is_bin else read_dataset(args.images, on_error=mode), mode)
     for line in pairs.skipped: print(f"skipped: {line}", file=sys.stderr)
+    if not len(pairs): raise DataError(f"{args.pairs} holds no pairs that can be scored")
     pairs = pairs.compact()
     embedder = load_embedder(args.model or "linear", flip=not args.no_flip)
-    scores = pairs.scores(embed_records(pairs.records, embedder).vectors)
+    pairs, vectors = _embed_pairs(pairs, embed_records(pairs.records, embedder, on_error=mode))
+    scores = pairs.scores(vectors)
     folds = pairs.folds if len(set(pairs.folds.tolist())) > 1 else 10 if is_bin else None
     print(f"{pairs!r}\n{embedder!r}\n{VerificationReport(scores, pairs.labels, folds)!r}")
     if args.out: _write_scores(pairs, scores, args.out)
+
+def _embed_pairs(pairs, found):
+    "Pairs of which both images were embedded, with vectors in the order of the records; the others are named."
+    import numpy as np
+    if len(found) == len(pairs.records): return pairs, found.vectors
+    names = pairs.records.table["image"].astype(str).to_numpy()
+    at = {name: i for i, name in enumerate(found.table["image"].astype(str))}
+    for name in names:
+        if name not in at: print(f"skipped: {name} cannot be read", file=sys.stderr)
+    good = np.array([n in at for n in names])
+    vectors = np.stack([found.vectors[at[n]] if n in at else np.zeros(found.dim, np.float32) for n in names])
+    keep = good[pairs.left] & good[pairs.right]
+    if not keep.any(): raise DataError("No pair has two readable images")
+    return pairs.select(keep), vectors
 
 def _write_scores(pairs, scores, path:str) -> None:
     "Every pair with its score, as CSV."
@@ -140,7 +166,7 @@ def _write_scores(pairs, scores, path:str) -> None:
     names = pairs.records.table["image"].astype(str).to_numpy()
     write_text(path, pd.DataFrame(dict(left=names[pairs.left], right=names[pairs.right], genuine=pairs.labels, fold=pairs.folds, score=scores)).to_csv(index=False))
 
-# %% ../nbs/91_cli.ipynb #4aa05f83
+# %% ../nbs/91_cli.ipynb #3870cea0
 @command("render people: no photograph, no download", _arg("--identities", type=int, default=100), _arg("--per-identity", type=int, default=10), _arg("--size", type=int, default=112, help="pixels"),
          _arg("--nuisance", type=float, default=1.0, help="0 studio ... 1 street"), _arg("--seed", type=int, default=0), _arg("-o", "--out", required=True, help="folder"))
 def render(args) -> None:
@@ -154,10 +180,12 @@ def render(args) -> None:
 def pack(args) -> None:
     from hyperface.extraction.embed import Embeddings
     from hyperface.sphere.packing import pack as run
+    _check_output(args.out, ".npz")
     gallery = Embeddings.load(args.gallery).vectors if args.gallery else None
-    if not args.out.endswith(".npz"): raise ConfigError("The output must end in .npz", args.out)
-    result = run(args.n, args.dim, method=args.method, gallery=gallery, min_anchor_cosine=args.min_anchor_cosine, max_steps=args.steps, max_seconds=args.seconds, seed=args.seed, checkpoint=args.out.removesuffix(".npz") + ".checkpoint.npz")
+    checkpoint = Path(args.out.removesuffix(".npz") + ".checkpoint.npz")
+    result = run(args.n, args.dim, method=args.method, gallery=gallery, min_anchor_cosine=args.min_anchor_cosine, max_steps=args.steps, max_seconds=args.seconds, seed=args.seed, checkpoint=checkpoint)
     result.save(args.out)
+    checkpoint.unlink(missing_ok=True)                                    # the work is done; a new run under this name starts anew
     print(f"{result!r}\n-> {args.out}")
 
 # %% ../nbs/91_cli.ipynb #63d2afcd

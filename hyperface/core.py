@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HyperfaceError', 'DataError', 'MissingWeights', 'ConfigError', 'project_root', 'data_dir', 'models_dir', 'runs_dir',
-           'cache_dir', 'find_model', 'derive_seed', 'rng', 'torch_rng', 'best_device', 'cpu_count', 'set_threads',
-           'atomic_path', 'write_bytes', 'write_text', 'write_json', 'read_json', 'write_npz', 'read_npz',
-           'content_key', 'file_key', 'progress', 'git_commit', 'package_versions', 'provenance']
+           'cache_dir', 'find_model', 'derive_seed', 'rng', 'torch_rng', 'best_device', 'cpu_count', 'thread_count',
+           'set_threads', 'atomic_path', 'write_bytes', 'write_text', 'write_json', 'read_json', 'write_npz',
+           'read_npz', 'content_key', 'file_key', 'progress', 'git_commit', 'package_versions', 'provenance']
 
 # %% ../nbs/00_core.ipynb #98884f1d
 import contextlib, hashlib, importlib.metadata, json, os, platform, subprocess, sys, tempfile, time
@@ -105,7 +105,7 @@ def torch_rng(seed:int, *keys, device="cpu"):
     import torch
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))
 
-# %% ../nbs/00_core.ipynb #16dee975
+# %% ../nbs/00_core.ipynb #992506bf
 def best_device(name:str|None=None # "cpu", "cuda", "cuda:1", "mps"; None takes a GPU where there is one
                 ):
     "A `torch.device`; an error if the one asked for is not there."
@@ -120,11 +120,20 @@ def cpu_count() -> int:
     "Processors this process may use (containers and `taskset` counted)."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def set_threads(n:int|None=None # threads; None takes HYPERFACE_THREADS, else every processor
+def thread_count(n:int|None=None # threads; None takes HYPERFACE_THREADS, else every processor
+                 ) -> int:
+    "How many threads to use; an error if the variable is no whole number above 0."
+    told = n or os.environ.get("HYPERFACE_THREADS") or cpu_count()
+    try: count = int(told)
+    except ValueError: count = 0
+    if count < 1: raise ConfigError("HYPERFACE_THREADS must be a whole number of at least 1", told)
+    return count
+
+def set_threads(n:int|None=None # as `thread_count` takes it
                 ) -> int:
     "Set torch's number of threads and say what it is."
     import torch
-    n = n or int(os.environ.get("HYPERFACE_THREADS") or cpu_count())
+    n = thread_count(n)
     torch.set_num_threads(n)
     return n
 

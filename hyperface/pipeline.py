@@ -6,14 +6,14 @@
 __all__ = ['Step', 'read_step', 'notebooks_dir', 'find_steps', 'choose', 'code_closure', 'fingerprint', 'step_key',
            'stale_because', 'freshness', 'run_step', 'Ticker', 'reproduce', 'status']
 
-# %% ../nbs/90_pipeline.ipynb #bf13ca6b
+# %% ../nbs/90_pipeline.ipynb #03f54a6e
 import ast, contextlib, difflib, fnmatch, json, os, re, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
 
 from .config import load_profile
-from .core import ConfigError, DataError, content_key, cpu_count, data_dir, file_key, models_dir, package_versions, project_root, provenance, read_json, write_json
+from .core import ConfigError, DataError, content_key, data_dir, file_key, models_dir, package_versions, project_root, provenance, read_json, thread_count, write_json
 
 # %% ../nbs/90_pipeline.ipynb #7f32312e
 @dataclass
@@ -285,11 +285,11 @@ def reproduce(profile:str="quick",   # a profile's name or YAML file
         summary = _finish(steps, out, parameters, sizes, records, started, len(names) - len(todo))
     return summary
 
-# %% ../nbs/90_pipeline.ipynb #e80c55d0
+# %% ../nbs/90_pipeline.ipynb #9fc2798f
 @contextlib.contextmanager
 def _environment(out:Path, jobs:int):
     "What kernels inherit: threads, the runner's mark, a folder for progress bars."
-    threads = str(max(1, int(os.environ.get("HYPERFACE_THREADS") or cpu_count())//jobs))
+    threads = str(max(1, thread_count()//jobs))
     (out/".progress").mkdir(parents=True, exist_ok=True)
     new = dict(HYPERFACE_THREADS=threads, OMP_NUM_THREADS=threads, HYPERFACE_RUNNER="1", HYPERFACE_PROGRESS_DIR=str(out/".progress"), OMP_WAIT_POLICY="PASSIVE", PYTHONWARNINGS="ignore")
     old = {k: os.environ.get(k) for k in new}

@@ -8,7 +8,7 @@ __all__ = ['LOOKS', 'DIMENSIONS', 'VARIETY', 'GENDERS', 'GROUPS', 'SHIFTS', 'CON
            'check_conditions', 'draw_conditions', 'parameters', 'p_', 'render', 'ShardSource', 'code_key', 'apply_bias',
            'render_part', 'render_faces', 'broken']
 
-# %% ../../nbs/11_rendered.ipynb #890f0ec1
+# %% ../../nbs/11_rendered.ipynb #05339061
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from scipy.special import ndtr
 
-from ..core import ConfigError, DataError, atomic_path, cache_dir, content_key, cpu_count, derive_seed, file_key, progress, rng
+from ..core import ConfigError, DataError, atomic_path, cache_dir, content_key, derive_seed, file_key, progress, rng, thread_count
 from .camera import photograph
 from .head import ACTIONS, EXPRESSIONS, RESIDUALS, SHAPE, action_vector
 
@@ -150,7 +150,7 @@ def check_conditions(c:pd.DataFrame) -> pd.DataFrame:
             _refuse(k, c[k], ~((x >= low) & (x <= high)), f"Between {low} and {high}: {meaning}")
     return c
 
-# %% ../../nbs/11_rendered.ipynb #6bf8acf9
+# %% ../../nbs/11_rendered.ipynb #4cf127ca
 def draw_conditions(n:int,               # number of images
                     nuisance:float=1.0,  # 0 every picture the same, 1 as different as photographs from the street
                     seed:int=0,          # any integer; image i is the same whatever n is
@@ -174,6 +174,7 @@ def draw_conditions(n:int,               # number of images
         makeup=np.where(u[:, 8] < .35*s*woman, u[:, 9], 0), beard=np.clip(np.exp(.25*s*z[:, 15]), 0, 2), hair_length=np.clip(.30*s*z[:, 16], -1, 1), fringe=np.clip(.35*s*z[:, 17], -1, 1), tan=np.clip(.03*s*z[:, 18], -.2, .3), blush=np.clip(.12*s*np.abs(z[:, 19]), 0, 1),
         background=np.full(n, int(s > .05)), distance=np.exp(np.log(11) + .32*s*np.clip(z[:, 20], -2, 2)), blur=np.where(s > 0, .25 + .95*s*u[:, 10]**3, 0), noise=.004*min(s, 1) + .020*s*u[:, 11]**2, jpeg=np.where(u[:, 12] < .7*s, np.round(40 + 55*u[:, 13]), 0).astype(int), jitter=np.full(n, .8*s), seed=S)
     for j, a in enumerate(ACTIONS): c[a] = np.clip(.06*s*z[:, 21 + j], -1, 1)
+    if s > 1: c |= {k: np.clip(c[k], low, high) for k, (_, low, high, _) in CONDITIONS.items() if k in c and k != "seed"}
     return make_conditions(n, expression, **c)
 
 # %% ../../nbs/11_rendered.ipynb #268331ee
@@ -271,8 +272,9 @@ def _labels(people, c, cam, size) -> dict:
     out["visibility"] = seen.mean(1)
     return out
 
-# %% ../../nbs/11_rendered.ipynb #3169056f
-def render(people:Identities, conditions:pd.DataFrame, # N rows of identities (or one for all) and N rows of conditions
+# %% ../../nbs/11_rendered.ipynb #c6d95cb2
+def render(identities:Identities,      # N people from `draw_identities`, or one for all
+           conditions:pd.DataFrame|dict|None=None, # N rows; a dict of values or columns; None: the defaults
            size:int=112,        # pixels on a side, 16 ... 512
            align:bool=True,     # aligned by five points (roll is taken out); False keeps the head's roll
            batch_size:int|None=None, # pictures at a time, a matter of speed and memory only
@@ -280,7 +282,12 @@ def render(people:Identities, conditions:pd.DataFrame, # N rows of identities (o
            ):                   # images (N, 3, H, W) float32 in [-1, 1], labels: dict of N values each
     "Photograph each identity under its conditions."
     size = whole("size", size, 16, 512)
-    check_identities(people); conditions = check_conditions(conditions)
+    if not isinstance(identities, Identities): raise DataError("identities must come from draw_identities", type(identities).__name__)
+    people = check_identities(identities)
+    if conditions is None: conditions = {}
+    if isinstance(conditions, dict): conditions = make_conditions(max([len(people), *(len(v) for v in conditions.values() if np.ndim(v))]), **conditions)
+    if not isinstance(conditions, pd.DataFrame): raise DataError("conditions must be a table or a dict of conditions", type(conditions).__name__, "See make_conditions and draw_conditions")
+    conditions = check_conditions(conditions)
     if len(people) == 1 and len(conditions) > 1: people = people[np.zeros(len(conditions), int)]
     if len(people) != len(conditions): raise DataError("as many identities as conditions are needed", (len(people), len(conditions)), "One identity for all conditions is also accepted")
     filled = make_conditions(len(conditions), conditions["expression"] if "expression" in conditions else "neutral", **{k: conditions[k].to_numpy() for k in conditions if k != "expression"})
@@ -364,7 +371,7 @@ def render_part(spec:dict, first:int, n:int): # images (n, H, W, 3) uint8, label
     images, labels = render(people, c.assign(**spec["fixed"]), spec["size"], spec["align"], uint8=True)
     return images, dict(image=[f"{i:06d}/{j:04d}.png" for i, j in zip(number, (first + np.arange(n)) % per)], identity=number, **labels)
 
-# %% ../../nbs/11_rendered.ipynb #fa0086ba
+# %% ../../nbs/11_rendered.ipynb #f9d81bde
 def render_faces(n_identities:int,     # how many people
                  per_identity:int,     # pictures of each
                  size:int=112,         # pixels on a side, 16 ... 512
@@ -391,7 +398,7 @@ def render_faces(n_identities:int,     # how many people
     draw_identities(1, seed, groups, genders, ages, spread=spread); draw_conditions(0, nuisance, seed)
     folder = cache_dir("rendered")/content_key(code_key(), spec); folder.mkdir(exist_ok=True)
     todo = [k for k in range(-(-total//SHARD)) if not ((folder/_shard_name(k)).exists() and (folder/_shard_name(k)).with_suffix(".parquet").exists())]
-    workers = processes or (1 if total < 400 else int(os.environ.get("HYPERFACE_THREADS") or cpu_count()))
+    workers = processes or (1 if total < 400 else thread_count())
     workers = min(workers, max(1, len(todo)))
     with progress(desc="rendering", total=total, unit="face") as bar:
         bar.update(total - sum(min(SHARD, total - k*SHARD) for k in todo))

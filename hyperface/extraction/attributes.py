@@ -6,17 +6,17 @@
 __all__ = ['FIVE_OF_68', 'MODELS', 'view', 'AttributeModel', 'AgeGender', 'Pose', 'Expression', 'Landmarks68', 'five_points',
            'load_attribute_model', 'predict_records', 'with_interval']
 
-# %% ../../nbs/22_attributes.ipynb #f2197cff
+# %% ../../nbs/22_attributes.ipynb #a5ad821c
 import os
 
 import numpy as np
 import pandas as pd
 
-from ..core import ConfigError, DataError, content_key, cpu_count, file_key, find_model, progress
+from ..core import ConfigError, DataError, content_key, file_key, find_model, progress, thread_count
 from .align import apply_similarity, invert_similarity
 from .embed import _session, as_input
 
-# %% ../../nbs/22_attributes.ipynb #77cb2454
+# %% ../../nbs/22_attributes.ipynb #3f7774bd
 def view(x,               # (N, 3, 112, 112) float32
          size:int,        # of the result, pixels
          zoom:float=1.,   # below 1: a wider view than the crop
@@ -35,7 +35,7 @@ class AttributeModel:
     def __init__(self, threads:int|None=None, # None: HYPERFACE_THREADS, else every processor
                  ):
         self.paths = [find_model(f, licence=self.licence) for f in self.files]
-        threads = int(threads or os.environ.get("HYPERFACE_THREADS") or cpu_count())
+        threads = thread_count(threads)
         self.sessions = [_session(p, threads) for p in self.paths]
     @property
     def key(self) -> str: return content_key("attributes 1", self.kind, *[file_key(p) for p in self.paths])

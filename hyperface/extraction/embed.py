@@ -7,14 +7,14 @@ __all__ = ['LINEAR_VERSION', 'Embeddings', 'unit_rows', 'as_input', 'Embedder', 
            'probe_images', 'fit_linear', 'LinearEmbedder', 'linear_embedder', 'pack_folders', 'find_recognition',
            'load_embedder', 'prefetched', 'embed_records']
 
-# %% ../../nbs/21_embed.ipynb #1b975eea
-import os
+# %% ../../nbs/21_embed.ipynb #814e4bf8
+import os, warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import (ConfigError, DataError, MissingWeights, atomic_path, cache_dir, content_key, cpu_count, data_dir, file_key, find_model,
+from ..core import (ConfigError, DataError, MissingWeights, atomic_path, cache_dir, content_key, cpu_count, data_dir, thread_count, file_key, find_model,
                             models_dir, progress, read_npz, write_npz)
 
 # %% ../../nbs/21_embed.ipynb #dbb2c629
@@ -80,7 +80,7 @@ def unit_rows(features, # (N, d) numbers
     if bad.any(): raise DataError(f"{bad.sum()} of {len(f)} features have no direction (zero, NaN or infinite), the first in row {bad.argmax()}", float(norms[bad.argmax(), 0]), "Look at those images and at the network's input normalisation")
     return (f/norms).astype(np.float32)
 
-# %% ../../nbs/21_embed.ipynb #48d79682
+# %% ../../nbs/21_embed.ipynb #da557693
 def _save_npz(e, path):
     "One array per column; words as unicode, missing ones flagged."
     arrays = dict(vectors=e.vectors)
@@ -96,7 +96,7 @@ def _save_npz(e, path):
 def _load_npz(path):
     "Vectors, table and meta from an `.npz`: ours, or any with an array of vectors in it."
     arrays = read_npz(path)
-    found = [k for k in ("vectors", "embeddings", "embedding", "features") if k in arrays]
+    found = [k for k in ("vectors", "embeddings", "embedding", "features", "points") if k in arrays]
     if not found: raise DataError(f"{path} holds no array called vectors", sorted(arrays))
     columns = {k.removeprefix("column_"): v for k, v in arrays.items() if k not in (*found, "meta") and not k.startswith("missing_") and v.shape[:1] == arrays[found[0]].shape[:1] and v.ndim == 1}
     for name in columns:
@@ -247,7 +247,7 @@ def _session(model,            # path or bytes
     try: return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=wanted)
     except Exception as e: raise DataError(f"onnxruntime cannot run {'the model' if isinstance(model, bytes) else model}: {str(e)[:200]}", None, "Fetch the file again; it may be truncated") from e
 
-# %% ../../nbs/21_embed.ipynb #99ac509a
+# %% ../../nbs/21_embed.ipynb #d2fc9fb7
 class OnnxEmbedder(Embedder):
     "A recognition network in an ONNX file, run by onnxruntime."
     def __init__(self, path,                # the .onnx file
@@ -259,7 +259,7 @@ class OnnxEmbedder(Embedder):
         info = _inspect_onnx(path)
         self.path, self.flip, self.name, self.device = Path(path), flip, Path(path).stem, device
         self.input, self.size, self.channels, self.raw, self.fixed = info["input"], info["size"], info["channels"], info["raw"], info["batch"]
-        self.threads = int(threads or os.environ.get("HYPERFACE_THREADS") or cpu_count())
+        self.threads = thread_count(threads)
         self.batch_size, self._sha = (1 if info["quantised"] else batch_size), file_key(path)
         self.session = _session(path, self.threads, device)
         probe = probe_images(max(2, self.fixed or 2), self.size)
@@ -267,6 +267,8 @@ class OnnxEmbedder(Embedder):
         if alone.ndim != 2: raise DataError(f"{self.path.name} is no recognition network: its output is not one vector per image", alone.shape)
         if self.fixed: self._try_free(probe, alone)
         self.dim = alone.shape[1]
+        if self.dim < 64: raise DataError(f"{self.path.name} is no recognition network: it gives {self.dim} numbers an image", None, "Name an ArcFace model; attribute networks belong to load_attribute_model")
+        if self.dim & (self.dim - 1): warnings.warn(f"{self.path.name} gives {self.dim} numbers an image; recognition networks give 128, 256, 512 or 1024. Is it one?", stacklevel=3)
     def identity_parts(self): return self._sha, self.raw
     def _run(self, x):
         "One call of the network."

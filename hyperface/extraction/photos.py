@@ -6,7 +6,7 @@
 __all__ = ['DETECTORS', 'DETECTOR_LICENCE', 'PICTURES', 'Faces', 'choose_faces', 'Detector', 'find_detector', 'load_detector',
            'list_photos', 'extract_faces', 'draw_faces']
 
-# %% ../../nbs/21b_photos.ipynb #318f3878
+# %% ../../nbs/21b_photos.ipynb #8c3114fd
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import ConfigError, DataError, MissingWeights, cpu_count, find_model, models_dir, progress
+from ..core import ConfigError, DataError, MissingWeights, cpu_count, find_model, models_dir, progress, thread_count
 from ..data.images import decode_image
 from .align import align_faces
 from .embed import Embeddings, find_recognition, load_embedder, pack_folders, prefetched
@@ -54,7 +54,7 @@ def choose_faces(faces:Faces,          # of one photograph
     order = np.argsort(-value, kind="stable")[:1 if keep != "all" else max_faces]
     return faces[order] if keep != "all" else faces[np.sort(order)]
 
-# %% ../../nbs/21b_photos.ipynb #8f8b4c91
+# %% ../../nbs/21b_photos.ipynb #7101793a
 class Detector:
     "insightface's SCRFD from one ONNX file."
     def __init__(self, path,                # det_*.onnx
@@ -68,7 +68,7 @@ class Detector:
         if int(det_size) != det_size or det_size < 32 or det_size % 32: raise ConfigError("det_size must be a multiple of 32", det_size)
         if not 0 < min_score < 1: raise ConfigError("min_score must lie between 0 and 1", min_score)
         options = ort.SessionOptions(); options.log_severity_level = 3
-        options.intra_op_num_threads = int(threads or os.environ.get("HYPERFACE_THREADS") or cpu_count())
+        options.intra_op_num_threads = thread_count(threads)
         try: net = get_model(str(path), providers=["CPUExecutionProvider"], sess_options=options)
         except Exception as e: raise DataError(f"insightface cannot load {path}: {type(e).__name__}: {str(e)[:150]}", None, "Fetch the file again; it may be truncated") from e
         if net is None or getattr(net, "taskname", None) != "detection" or not getattr(net, "use_kps", False):
@@ -130,7 +130,7 @@ def load_detector(name=None, root=None, **options) -> Detector:
     "A detector by name (see `find_detector`); options as in `Detector`. A detector passes through."
     return name if hasattr(name, "detect") else Detector(find_detector(name, root), **options)
 
-# %% ../../nbs/21b_photos.ipynb #80054df0
+# %% ../../nbs/21b_photos.ipynb #534d13d2
 PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".heic", ".heif", ".avif", ".jp2"}
 
 def list_photos(photos, # a path, a folder (searched in depth), an array (H, W, 3) uint8, or a list of those
@@ -138,7 +138,7 @@ def list_photos(photos, # a path, a folder (searched in depth), an array (H, W, 
     "What is to be read, in a fixed order; `DataError` if there is nothing."
     if isinstance(photos, np.ndarray): return [("photo 0", photos)] if photos.ndim == 3 else [(f"photo {k}", p) for k, p in enumerate(photos)]
     if not isinstance(photos, (str, os.PathLike)):
-        items = [(f"photo {k}", p) if isinstance(p, np.ndarray) else (str(p), Path(p)) for k, p in enumerate(photos)]
+        items = [i for k, p in enumerate(photos) for i in ([(f"photo {k}", p)] if isinstance(p, np.ndarray) else [(f"{p}/{n}", q) for n, q in list_photos(p)] if Path(p).expanduser().is_dir() else [(str(p), Path(p))])]
         if not items: raise DataError("The list of photographs is empty")
         return items
     root = Path(photos).expanduser()
@@ -155,7 +155,7 @@ def _rows(name, faces, shape):
     rows["size"], rows["photo_height"], rows["photo_width"] = faces.sizes, shape[0], shape[1]
     return rows
 
-# %% ../../nbs/21b_photos.ipynb #264c51f6
+# %% ../../nbs/21b_photos.ipynb #36148f07
 def _crops(image, faces, size):
     "Aligned crops; faces whose points are no face are left out and counted."
     crops, good = [], []
@@ -169,13 +169,14 @@ def _one_photo(image, name, detector, choice, size):
     if isinstance(image, Exception):
         if not isinstance(image, (DataError, OSError, MemoryError)): raise image
         return [], None, dict(photo=name, status="skipped", faces=0, reason=(image.problem if isinstance(image, DataError) else f"{type(image).__name__}: {image}"))
+    if min(image.shape[:2]) < 16: return [], None, dict(photo=name, status="skipped", faces=0, reason=f"{image.shape[1]} x {image.shape[0]} pixels are too few for a face")
     found = detector.detect(image)
     wanted = choose_faces(found, image.shape, **choice)
     crops, faces = _crops(image, wanted, size)
     reason = "" if len(faces) else "no face found" if not len(found) else f"{len(found)} faces found, none wanted" if not len(wanted) else "the five points are no view of a face"
     return crops, _rows(name, faces, image.shape), dict(photo=name, status="embedded" if len(faces) else "no face", faces=len(faces), reason=reason)
 
-# %% ../../nbs/21b_photos.ipynb #438c3381
+# %% ../../nbs/21b_photos.ipynb #59230d93
 def extract_faces(photos,                  # a path, a folder, an array (H, W, 3) uint8 RGB, or a list of those
                   detector=None,           # a Detector, file, pack; None: the best that is there
                   embedder=None,           # an Embedder or name; None: the pack's, else the best-known recogniser in HYPERFACE_MODELS
@@ -194,8 +195,9 @@ def extract_faces(photos,                  # a path, a folder, an array (H, W, 3
     if identity not in (None, "folder"): raise ConfigError("identity must be None or folder", identity)
     items, choice = list_photos(photos), dict(keep=keep, min_score=min_score, min_size=min_size, max_faces=max_faces)
     choose_faces(Faces([], [], []), (1, 1), **choice)                               # wrong options fail before the first photograph
-    embedder = load_embedder(embedder if embedder is not None else _default_recogniser(detector, root), flip=flip)
-    detector = load_detector(detector, root, det_size=det_size, min_score=min_score)
+    embedder = embedder if embedder is not None else _default_recogniser(detector, root)
+    detector = load_detector(detector, root, det_size=det_size, min_score=min_score) # before the embedder, which may take long to fit
+    embedder = load_embedder(embedder, flip=flip)
     read = lambda k: _as_photo(*items[k])
     waiting, kept, vectors, rows, report = [], [], [], [], []
     for (name, _), image in zip(items, progress(prefetched(read, range(len(items)), min(2, cpu_count()), ahead=3), "photographs", len(items), "photo")):

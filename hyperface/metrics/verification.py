@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pair_scores', 'check_labels', 'check_pairs', 'plot_scores', 'ROC', 'SortedPairs', 'roc', 'plot_roc', 'plot_det',
            'DET', 'det', 'Rate', 'check_fraction', 'proportion_interval', 'as_curve', 'tar_at_far', 'eer', 'auc',
-           'FoldAccuracy', 'fold_numbers', 'kfold_accuracy', 'val_at_far', 'StreamingROC', 'load_streaming',
+           'Figure', 'FoldAccuracy', 'fold_numbers', 'kfold_accuracy', 'val_at_far', 'StreamingROC', 'load_streaming',
            'all_pairs', 'identity_weights', 'identity_bootstrap', 'heldout_rates', 'VerificationReport']
 
 # %% ../../nbs/40_verification.ipynb #9bd795b5
@@ -376,7 +376,11 @@ def auc(scores,      # (N,) scores, or a curve
     fa, ta = np.asarray(curve.false_accepts, dtype=np.float64), np.asarray(curve.true_accepts, dtype=np.float64)
     return float(np.sum(np.diff(fa)*(ta[1:] + ta[:-1]))/(2*float(curve.n_genuine)*float(curve.n_impostor)))
 
-# %% ../../nbs/40_verification.ipynb #ff98df76
+# %% ../../nbs/40_verification.ipynb #827255cc
+class Figure(float):
+    "A number that may also be called, because numpy's `np.mean(x)` calls `x.mean()`."
+    def __call__(self, *args, **kwargs) -> float: return float(self)
+
 class FoldAccuracy(Rate):
     "Mean accuracy over folds (a float), with `.std` (ddof=0), `.standard_error` (ddof=1, over root n), `.accuracies`, `.thresholds`."
     def __new__(cls, accuracies, # (F,) accuracy of each fold
@@ -387,8 +391,9 @@ class FoldAccuracy(Rate):
         mean, spread = np.mean(accuracies), np.std(accuracies, ddof=1)/np.sqrt(len(accuracies))
         score = np.mean(thresholds) if protocol == "lfw" else 1 - np.mean(thresholds)/2
         return super().__new__(cls, mean, score, mean - 1.96*spread, mean + 1.96*spread, "1.96 standard errors over folds", accuracies=accuracies,
-                               thresholds=thresholds, sizes=sizes, protocol=protocol, mean=float(mean), std=float(np.std(accuracies)), standard_error=float(spread))
+                               thresholds=thresholds, sizes=sizes, protocol=protocol, mean=Figure(mean), std=Figure(np.std(accuracies)), standard_error=float(spread))
     def __getnewargs__(self): return self.accuracies, self.thresholds, self.sizes, self.protocol
+    def __iter__(self): return iter((self.mean, self.std))                # accuracy, std = kfold_accuracy(...)
     def frame(self):
         "One row per fold."
         import pandas as pd

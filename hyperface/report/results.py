@@ -6,7 +6,7 @@
 __all__ = ['STATUSES', 'Value', 'to_markdown', 'to_latex', 'to_csv', 'run_threads', 'Run', 'save', 'read', 'has', 'Shown',
            'table', 'figure', 'done', 'read_records', 'results_frame']
 
-# %% ../../nbs/80_results.ipynb #1cd28218
+# %% ../../nbs/80_results.ipynb #491d0abe
 import math, os, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..config import load_profile
-from ..core import ConfigError, DataError, atomic_path, cpu_count, data_dir, models_dir, project_root, provenance, read_json, read_npz, set_threads, write_json, write_npz, write_text
+from ..core import ConfigError, DataError, atomic_path, data_dir, models_dir, project_root, provenance, read_json, read_npz, set_threads, thread_count, write_json, write_npz, write_text
 from ..style import use_style
 
 # %% ../../nbs/80_results.ipynb #50cdb927
@@ -69,11 +69,11 @@ def to_csv(frame:pd.DataFrame) -> str:
             for end in ("low", "high"): columns[f"{name} {end}"] = [getattr(c, end) if isinstance(c, Value) else None for c in cells]
     return pd.DataFrame(columns).to_csv(index=False)
 
-# %% ../../nbs/80_results.ipynb #5b38e54e
+# %% ../../nbs/80_results.ipynb #6a75ea97
 def run_threads() -> int:
     "Threads of this run: HYPERFACE_THREADS or every processor; told to torch where it is loaded, and left for it where it is not."
     if "torch" in sys.modules: return set_threads()
-    n = int(os.environ.get("HYPERFACE_THREADS") or cpu_count())
+    n = thread_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(n))
     return n
 

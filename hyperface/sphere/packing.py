@@ -19,7 +19,7 @@ from .bounds import best_bound, isostatic_cosine, random_reference
 from .codes import best_code, code_points
 from .geometry import check_vectors, nearest_neighbours, unit
 
-# %% ../../nbs/32_packing.ipynb #66c0e723
+# %% ../../nbs/32_packing.ipynb #3c5e2bc9
 @dataclass
 class PackResult:
     "Packed points and their certificate. Angles in degrees."
@@ -54,6 +54,10 @@ class PackResult:
     def as_dict(self) -> dict:
         "Everything but the points, the anchors and the history."
         return {k: v for k, v in self.__dict__.items() if k not in ("points", "anchors", "history")} | {"n": len(self.points), "dim": self.points.shape[1]}
+    def __len__(self): return len(self.points)
+    def __array__(self, dtype=None, copy=None): return self.points.astype(dtype) if dtype else self.points
+    @property
+    def shape(self): return self.points.shape
     def save(self, path) -> Path:
         "Write points, certificate and history to an `.npz`."
         import json
@@ -571,7 +575,7 @@ def default_steps(n:int, dim:int, method:str, cyclic:bool, tied:bool, batch, sma
     if small: return 16*max(1, min(8, 10_000//(n*dim)))
     return int(np.clip(60_000*dim/n, 150, 4000)) if cyclic else 150
 
-# %% ../../nbs/32_packing.ipynb #dbb61d5c
+# %% ../../nbs/32_packing.ipynb #50b79f36
 def pack(n:int,               # identities
          dim:int=512,         # dimension of the embedding space
          *,
@@ -614,6 +618,8 @@ def pack(n:int,               # identities
     try: device = best_device(device)
     except RuntimeError as e: raise ConfigError("No such torch device", device, "Use 'cpu' or 'cuda'") from e
     settings = dict(n=n, dim=dim, method=method, min_anchor_cosine=c, alpha=alpha, seed=seed, symmetry=symmetry, subspace=subspace, batch=batch, lr=lr, step_scale=scale, max_steps=max_steps)
+    import psutil
+    if (need := 6*4*n*inner) > psutil.virtual_memory().available: raise ConfigError(f"{n:,} points in {inner} dimensions need about {need/2**30:,.0f} GiB", n, f"{psutil.virtual_memory().available/2**30:,.0f} GiB are free")
     if method == "code": return certify(code_points(n, dim, seed), "code", gallery, converged=True, reason="explicit construction", settings=settings)
     return _run(settings, gallery, init, seconds, target, device, low_precision, block, checkpoint, checkpoint_every)
 
