@@ -80,7 +80,7 @@ def unit_rows(features, # (N, d) numbers
     if bad.any(): raise DataError(f"{bad.sum()} of {len(f)} features have no direction (zero, NaN or infinite), the first in row {bad.argmax()}", float(norms[bad.argmax(), 0]), "Look at those images and at the network's input normalisation")
     return (f/norms).astype(np.float32)
 
-# %% ../../nbs/21_embed.ipynb #da557693
+# %% ../../nbs/21_embed.ipynb #9bbb44ea
 def _save_npz(e, path):
     "One array per column; words as unicode, missing ones flagged."
     arrays = dict(vectors=e.vectors)
@@ -101,7 +101,7 @@ def _load_npz(path):
     columns = {k.removeprefix("column_"): v for k, v in arrays.items() if k not in (*found, "meta") and not k.startswith("missing_") and v.shape[:1] == arrays[found[0]].shape[:1] and v.ndim == 1}
     for name in columns:
         if f"missing_{name}" in arrays: columns[name] = np.where(arrays[f"missing_{name}"], None, columns[name].astype(object))
-    return arrays[found[0]], columns, dict(arrays.get("meta", []))
+    return arrays[found[0]], columns or None, dict(arrays.get("meta", []))
 
 # %% ../../nbs/21_embed.ipynb #2611e6d0
 def _save_parquet(e, path):
