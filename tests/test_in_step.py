@@ -147,6 +147,8 @@ def test_page_is_fit_to_read(path):
     assert any(c.outputs for c in code), "no outputs: python tools/nb.py run"
     assert path.stat().st_size < 600_000, f"{path.stat().st_size / 1000:.0f} kB"
     assert not re.search(r"/(?:work|root|tmp/tmp)[/\w]", path.read_text()), "names a path of one machine"
+    exported = [c.source for c in code if "#| export" in c.source]
+    assert len(set(exported)) == len(exported), "an exported cell stands on the page twice"
     for cell in code:
         if "#| export" in cell.source:
             assert cell.source.count("\n") <= 60, cell.source[:80]

@@ -67,38 +67,6 @@ def shade(albedo, N, view, light:dict, ao, shadow, gloss=None, flow=None) -> tor
         out = out + (albedo*3.2 + .05)*(1.15 - albedo*2).clamp(min=.2)*(band*flow*shadow.clamp(min=.25))*light["key"]
     return out
 
-# %% ../../nbs/11d_camera.ipynb #c61f197b
-def dot(a, b): return a[0]*b[0] + a[1]*b[1] + a[2]*b[2]
-
-def _view(B):
-    "Unit vectors towards the camera from ray directions."
-    n = torch.rsqrt(dot(B, B)); return [t*n for t in B]
-
-WRAP, PENUMBRA = (.34, .19, .12), (.62, 1., 1.15)
-
-def shade(albedo, N, view, light:dict, ao, shadow, gloss=None, flow=None) -> torch.Tensor: # (3, B, H, W) linear light
-    "Light reflected towards the camera: wrapped diffuse (warm skin), sky and fill, a soft highlight, hair highlight."
-    L = light["L"]; nl = dot(N, L)
-    sky = (.62 + .38*dot(N, light["up"]))*ao
-    fill = dot(N, light["fill"]).clamp(min=0)*.34*ao
-    around = sky*.75 + fill
-    out = torch.empty_like(albedo); open_ = .35 + .65*ao; lit = shadow*open_
-    for c in range(3):
-        d = (nl + WRAP[c]).clamp_(min=0).mul_(torch.sqrt(shadow)*open_ if c == 0 else lit).mul_(light["key"][c]*(1/(1 + WRAP[c])))
-        torch.mul(albedo[c], d.addcmul_(light["ambient"][c].expand_as(around), around), out=out[c])
-    if gloss is None and flow is None: return out
-    H = [L[i] + view[i] for i in range(3)]; h = torch.rsqrt(dot(H, H)); H = [t*h for t in H]
-    if gloss is not None:
-        nh = dot(N, H).clamp(0, 1); s2 = nh*nh; s4 = s2*s2; s8 = s4*s4; s16 = s8*s8
-        rim = (1 - dot(N, view).clamp_(0, 1)); rim = rim*rim*rim
-        spec = ((s16*s4).mul_(.9).add_(s8, alpha=.22).mul_(shadow).add_(rim.mul_(around), alpha=.24)).mul_(gloss)
-        for c in range(3): out[c].addcmul_(spec, light["key"][c].expand_as(spec))
-    if flow is not None:
-        th = N[2]*H[1] - N[1]*H[2]
-        band = torch.exp(-(th - .10)**2*(1/.030))*.055 + torch.exp(-(th + .12)**2*(1/.10))*.030
-        out = out + (albedo*3.2 + .05)*(1.15 - albedo*2).clamp(min=.2)*(band*flow*shadow.clamp(min=.25))*light["key"]
-    return out
-
 # %% ../../nbs/11d_camera.ipynb #ec5d7d1e
 def cast_shadow(radius, hit:dict, light:dict, size:int) -> torch.Tensor: # (B, H, W) 0 dark ... 1 lit
     "Walk from the surface towards the light; what rises above the ray throws a soft shadow. At half resolution."
