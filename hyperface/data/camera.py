@@ -102,7 +102,7 @@ def normals(hit:dict, m:torch.Tensor) -> list: # three (B, H, W)
     n = torch.rsqrt(dot(N, N))
     return [t*n for t in N]
 
-# %% ../../nbs/11d_camera.ipynb #1621fac5
+# %% ../../nbs/11d_camera.ipynb #4e9eb3d4
 def head_layer(p:dict, size:int, view:int, upright:bool):
     "Trace and paint the head: everything later stages need about it."
     R = map_resolution(size); B = len(p["eye_x"])
@@ -112,7 +112,7 @@ def head_layer(p:dict, size:int, view:int, upright:bool):
     cam = camera(landmarks3d(p, bare[:, None]), turn, p["distance"], p["jitter"], view, upright)
     pixel = torch.rsqrt(cam["a"].real**2 + cam["a"].imag**2); p["pixel"] = .5*pixel/1.0
     light = lights(p, turn); p["light_x"], p["light_y"] = light["side"][0], light["side"][1]
-    hit = trace(maps[:, :1].contiguous(), cam, size, pixel, (p["yaw"].abs() > 14) | (p["pitch"].abs() > 20))
+    hit = trace(maps[:, :1].contiguous(), cam, size, pixel)
     u, v = hit["u"], hit["v"]
     m = sample(maps, u, v)                                                  # (B, 7, H, W)
     flat, grain = paint_skin(p, u, v, m[:, 4:7], hit["cover"] > 0)

@@ -112,13 +112,13 @@ def long_hair(p:dict, A, B, cover):
     return dict(index=index, images=images, B=B, z=mix(far, near, (lit > .5).to(x.dtype)), cover=cover*torch.maximum(lit, back), albedo=colour.clamp(min=.003),
                 N=[N[0] + .15*strand[2], N[1] + bend, N[2]], flow=lit*(.5 + .7*(tex - .8).clamp(0, 1)), ao=.35 + .60*lit)
 
-# %% ../../nbs/11c_hair.ipynb #c5a8b9da
+# %% ../../nbs/11c_hair.ipynb #4bbb2fcf
 EAR = "ear_size ear_out head_width skin_tone tan redness yellow view_pixel"
 
 def ear(p:dict, A, B, side:float):
     "One ear: an egg-shaped leaf that stands off the head, with rim and hollow; a layer, or None."
     c = lambda k: p[k][:, None, None]
-    s, k = torch.sin(c("ear_out")), torch.cos(c("ear_out")); x0 = side*(c("head_width") - .035); slope = side*B[0]*k + B[2]*s
+    s, k = torch.sin(c("ear_out")), torch.cos(c("ear_out")); x0 = side*(c("head_width") - .045); slope = side*B[0]*k + B[2]*s
     turned = slope.abs() > .02
     z = -(side*(A[0] - x0)*k + (A[2] + .02)*s)/torch.where(turned, slope, 1.)
     along = (side*(A[0] + z*B[0] - x0)*s - (A[2] + z*B[2] + .02)*k)/c("ear_size"); y = (A[1] + z*B[1] + .06)/c("ear_size")

@@ -26,7 +26,7 @@ from .head import ACTIONS, EXPRESSIONS, RESIDUALS, SHAPE, action_vector
 from .records import Records, Source, standard_table
 from .skin import TONES
 
-# %% ../../nbs/11_rendered.ipynb #1c61424d
+# %% ../../nbs/11_rendered.ipynb #94e2aa86
 LOOKS = ("tone redness yellow freckles mole0 mole0u mole0v mole1 mole1u mole1v mole2 mole2u mole2v eye_bags lip_red brow_dense brow_gap brow_long hair_dark hair_warm hairline recession widow hair_top hair_side curl wave length "
          "fringe part sweep beard moustache goatee iris_dark iris_green lash teeth cupid wrinkle grey bald offset offset2 shine buzz style").split()
 DIMENSIONS = [*SHAPE, *(f"residual{k}" for k in range(RESIDUALS)), *LOOKS]     # an identity is a standard normal vector over these
@@ -34,7 +34,7 @@ VARIETY = 1.35     # all standard deviations of shape times this: chosen so that
 GENDERS, GROUPS = ("female", "male"), tuple(TONES)
 SHIFTS = dict(white=dict(nose_bridge=.5, nose_height=.4, lip_upper=-.4, lip_lower=-.3, hair_warm=.3),
     black=dict(nose_width=1.7, nose_bridge=-.9, nose_height=-.2, lip_upper=1.9, lip_lower=1.7, lip_forward=1.3, muzzle=.8, nose_tip=.6, mouth_width=.6, curl=2.6, forehead=.5, hair_dark=1.2),
-    asian=dict(nose_bridge=-1.2, eye_open=-.9, lid_fold=-2.2, eye_tilt=.9, cheekbone=.9, head_width=.7, cheek=.4, nose_width=.4, nose_height=-.6, brow_ridge=-.9, eye_depth=-1.1, brow_thick=-.3, curl=-1.0, hair_dark=1.1, brow_y=.5),
+    asian=dict(nose_bridge=-1.2, eye_open=-.7, lid_fold=-2.2, eye_tilt=.9, cheekbone=.9, head_width=.7, cheek=.4, nose_width=.4, nose_height=-.6, brow_ridge=-.7, eye_depth=-.6, brow_thick=-.3, curl=-1.0, hair_dark=1.1, brow_y=.5),
     indian=dict(eye_size=.5, brow_thick=.8, nose_tip=.3, lip_lower=.5, lip_upper=.3, eye_bags=.7, hair_dark=1.0, lash=.6, beard=.4), other=dict(brow_thick=.6, nose_hump=.6, lip_lower=.4, hair_dark=.6, beard=.4, cheek=.2))
 
 # %% ../../nbs/11_rendered.ipynb #fc836c99
@@ -82,7 +82,7 @@ def _choose(shares:dict, uniform:np.ndarray) -> np.ndarray:
     if not len(w) or not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0: raise ConfigError("shares must be numbers >= 0 with a positive sum", shares)
     return names[np.searchsorted(np.cumsum(w/w.sum())[:-1], uniform, side="right")]
 
-# %% ../../nbs/11_rendered.ipynb #83047b22
+# %% ../../nbs/11_rendered.ipynb #e4dc2f8f
 def draw_identities(n:int,          # how many people
                     seed:int=0,     # any integer; identity i is the same whatever n is
                     groups:dict|None=None,  # ethnicity -> share; equal shares if None
@@ -102,7 +102,7 @@ def draw_identities(n:int,          # how many people
         g = rng(seed, "identity", first + i); uni[i] = g.random(3); z[i] = np.clip(g.standard_normal(len(DIMENSIONS)), -2.2, 2.2)
     group, gender = _choose(groups, uni[:, 0]), _choose(genders, uni[:, 1])
     span = np.array([ages[g] if isinstance(ages, dict) else ages for g in group], float).reshape(-1, 2)
-    tone = np.clip(np.array([TONES[g] for g in group]) + .085*z[:, DIMENSIONS.index("tone")], .01, 1.05)
+    tone = np.clip(np.array([TONES[g] for g in group]) + np.where(gender == "male", .03, -.04) + .085*z[:, DIMENSIONS.index("tone")], .01, 1.05)
     table = pd.DataFrame(dict(gender=gender, ethnicity=group, age=span[:, 0] + (span[:, 1] - span[:, 0])*uni[:, 2], skin_tone=tone))
     return check_identities(Identities((z*spread).astype(np.float32), table))
 
@@ -118,13 +118,13 @@ def sweep(person:Identities, name:str, values) -> Identities: # as many people a
     "One person with one feature at the given values (standard deviations, or years, or a tone)."
     return person[np.zeros(len(values), int)].set(**{name: np.asarray(values)})
 
-# %% ../../nbs/11_rendered.ipynb #97a5697a
+# %% ../../nbs/11_rendered.ipynb #14525f08
 # name: (default, low, high, meaning)
 CONDITIONS = dict(age_change=(0., -90, 90, "years added to the age of the identity"), intensity=(1., 0, 1.3, "strength of the expression"),
     yaw=(0., -90, 90, "degrees, positive: towards the image's right"), pitch=(0., -45, 45, "degrees, positive: up"), roll=(0., -60, 60, "degrees, positive: clockwise"),
     gaze_x=(0., -1, 1, "eyes left ... right"), gaze_y=(0., -1, 1, "eyes down ... up"), blink=(0., 0, 1, "lids open ... closed"),
-    light_azimuth=(25., -180, 180, "degrees, positive: from the image's right"), light_elevation=(30., -90, 90, "degrees above the horizon"), light_strength=(.95, 0, 3, "main light"), light_temperature=(0., -2, 2, "cold ... warm"),
-    ambient=(.70, 0, 3, "light from all around"), backlight=(1., 0, 3, "brightness of the background"), exposure=(1., .1, 4, "factor"), contrast=(1., .3, 2, "factor"), saturation=(1., 0, 2, "factor"),
+    light_azimuth=(25., -180, 180, "degrees, positive: from the image's right"), light_elevation=(30., -90, 90, "degrees above the horizon"), light_strength=(1.1, 0, 3, "main light"), light_temperature=(0., -2, 2, "cold ... warm"),
+    ambient=(.55, 0, 3, "light from all around"), backlight=(1., 0, 3, "brightness of the background"), exposure=(1., .1, 4, "factor"), contrast=(1., .3, 2, "factor"), saturation=(1., 0, 2, "factor"),
     glasses=(0, 0, 2, "0 none, 1 clear, 2 sun"), mask=(0, 0, 1, "surgical mask"), scarf=(0, 0, 1, "scarf before the mouth"), hat=(0, 0, 1, "knitted hat"), hand=(0, 0, 1, "a hand before the face"),
     makeup=(0., 0, 1, "lipstick, shadow, lashes"), beard=(1., 0, 2, "factor on the beard of the identity"), hair_length=(0., -1, 1, "shorter ... longer than usual"), fringe=(0., -1, 1, "fringe up ... down"), tan=(0., -.2, .3, "added melanin"),
     blush=(0., 0, 1, "redness of the cheeks"), background=(1, 0, 1, "0 plain, 1 a place"), distance=(11., 4, 60, "camera distance, units of 100 mm"), blur=(0., 0, 8, "sigma in pixels at size 112"), noise=(0., 0, .3, "standard deviation, 0..1"),
@@ -150,7 +150,7 @@ def check_conditions(c:pd.DataFrame) -> pd.DataFrame:
             _refuse(k, c[k], ~((x >= low) & (x <= high)), f"Between {low} and {high}: {meaning}")
     return c
 
-# %% ../../nbs/11_rendered.ipynb #4cf127ca
+# %% ../../nbs/11_rendered.ipynb #5028de70
 def draw_conditions(n:int,               # number of images
                     nuisance:float=1.0,  # 0 every picture the same, 1 as different as photographs from the street
                     seed:int=0,          # any integer; image i is the same whatever n is
@@ -164,27 +164,27 @@ def draw_conditions(n:int,               # number of images
         g = rng(seed, "image", first + i); U[i], Z[i], S[i] = g.random(40), g.standard_normal(40), int(g.integers(2**62))
     s = float(nuisance); z = np.clip(Z, -2.6, 2.6); u = U; yes = lambda k, p: (u[:, k] < p*min(s, 1.5)).astype(int)
     names = np.array([e for e in EXPRESSIONS if e != "neutral"])
-    expression = np.where(u[:, 0] < .62*min(s, 1.3), names[(u[:, 1]*len(names)).astype(int)], "neutral").astype(object)
+    expression = np.where(u[:, 0] < .56*min(s, 1.3), names[(u[:, 1]*len(names)).astype(int)], "neutral").astype(object)
     woman = np.ones(n) if gender is None else (np.asarray(gender) == "female").astype(float)
-    cover = u[:, 2]/(.10*min(s, 1.5) + 1e-9); k = np.where(cover < 1, np.floor(cover*4), -1); covered = (k >= 0) & (k < 3)
-    c = dict(intensity=.45 + .65*u[:, 3], age_change=2.*s*z[:, 0], yaw=np.clip(22*s*z[:, 1], -55, 55)*np.where(covered, .6, 1), pitch=np.clip(9.5*s*z[:, 2], -28, 28), roll=np.clip(6*s*z[:, 3], -18, 18),
-        gaze_x=np.clip(.35*s*z[:, 4], -1, 1), gaze_y=np.clip(.2*s*z[:, 5], -1, 1), blink=.9*yes(4, .025), light_azimuth=25 + s*(np.clip(42*z[:, 6], -80, 80) - 25*min(1, s)), light_elevation=np.clip(30 + s*14*z[:, 7], -10, 65),
-        light_strength=.95*np.exp(s*.30*z[:, 8]), light_temperature=np.clip(.75*s*z[:, 9], -2, 2), ambient=.70*np.exp(s*.22*z[:, 10]), backlight=np.exp(.35*s*z[:, 11]), exposure=np.exp(.17*s*z[:, 12]),
+    cover = u[:, 2]/(.08*min(s, 1.5) + 1e-9); k = np.where(cover < 1, np.floor(cover*4), -1); covered = (k >= 0) & (k < 3)
+    c = dict(intensity=.45 + .65*u[:, 3], age_change=2.*s*z[:, 0], yaw=np.clip(18*s*z[:, 1], -50, 50)*np.where(covered, .6, 1), pitch=np.clip(7.5*s*z[:, 2], -24, 24), roll=np.clip(6*s*z[:, 3], -18, 18),
+        gaze_x=np.clip(.35*s*z[:, 4], -1, 1), gaze_y=np.clip(.2*s*z[:, 5], -1, 1), blink=.9*yes(4, .025), light_azimuth=25 + s*(np.clip(38*z[:, 6], -75, 75) - 25*min(1, s)), light_elevation=np.clip(30 + s*14*z[:, 7], -10, 65),
+        light_strength=1.1*np.exp(s*.30*z[:, 8]), light_temperature=np.clip(.75*s*z[:, 9], -2, 2), ambient=.55*np.exp(s*.25*z[:, 10]), backlight=np.exp(.35*s*z[:, 11]), exposure=np.exp(.17*s*z[:, 12]),
         contrast=np.clip(1 + .10*s*z[:, 13], .7, 1.35), saturation=np.clip(1 + .16*s*z[:, 14], .3, 1.6), glasses=yes(5, .17)*(1 + ((u[:, 6] < .13) & ~covered)), mask=(k == 0).astype(int), hand=(k == 1).astype(int), scarf=(k == 2).astype(int), hat=((k == 3) | (yes(7, .05) > 0)).astype(int),
-        makeup=np.where(u[:, 8] < .35*s*woman, u[:, 9], 0), beard=np.clip(np.exp(.25*s*z[:, 15]), 0, 2), hair_length=np.clip(.30*s*z[:, 16], -1, 1), fringe=np.clip(.35*s*z[:, 17], -1, 1), tan=np.clip(.03*s*z[:, 18], -.2, .3), blush=np.clip(.12*s*np.abs(z[:, 19]), 0, 1),
+        makeup=np.where(u[:, 8] < .50*s*woman, u[:, 9], 0), beard=np.clip(np.exp(.25*s*z[:, 15]), 0, 2), hair_length=np.clip(.30*s*z[:, 16], -1, 1), fringe=np.clip(.35*s*z[:, 17], -1, 1), tan=np.clip(.03*s*z[:, 18], -.2, .3), blush=np.clip(.12*s*np.abs(z[:, 19]), 0, 1),
         background=np.full(n, int(s > .05)), distance=np.exp(np.log(11) + .32*s*np.clip(z[:, 20], -2, 2)), blur=np.where(s > 0, .25 + .95*s*u[:, 10]**3, 0), noise=.004*min(s, 1) + .020*s*u[:, 11]**2, jpeg=np.where(u[:, 12] < .7*s, np.round(40 + 55*u[:, 13]), 0).astype(int), jitter=np.full(n, .8*s), seed=S)
     for j, a in enumerate(ACTIONS): c[a] = np.clip(.06*s*z[:, 21 + j], -1, 1)
     if s > 1: c |= {k: np.clip(c[k], low, high) for k, (_, low, high, _) in CONDITIONS.items() if k in c and k != "seed"}
     return make_conditions(n, expression, **c)
 
-# %% ../../nbs/11_rendered.ipynb #268331ee
+# %% ../../nbs/11_rendered.ipynb #bc5cf847
 def _colours(z, gender, group, age, seed_u):
     "Colours of hair, brows, eyes, clothes and frames: columns of linear RGB."
     dark = ndtr(z("hair_dark")); light_hair = np.isin(group, ("white", "other"))
     m = np.where(light_hair, .10 + 1.15*dark, .75 + .55*dark); m = np.maximum(m, .08)
     red = np.where((group == "white") & (ndtr(z("hair_warm")) > .88), 1., .12*np.abs(z("hair_warm")))
     hair = np.stack([.50*np.exp(-3.1*m**.8 + .15*red), .335*np.exp(-3.5*m**.8 - .35*red), .175*np.exp(-3.5*m**.8 - .9*red)])
-    start = 47 + 8*z("grey"); grey = np.clip((age - start)/22, 0, 1)
+    start = 43 + 8*z("grey"); grey = np.clip((age - start)/22, 0, 1)
     white = np.array([.40, .392, .38])[:, None]*(.75 + .25*grey)
     out = {}
     hair = hair*(1 - grey) + white*grey
@@ -224,7 +224,7 @@ def _hair(z, male, child, age, c, group, grey):
         part=np.where(z("part") > 0, 1, -1)*(.10 + .10*ndtr(z("part"))), sweep=sweep, side_low=np.where(long, 1.6, np.where(up, .06, .10 + .10*ndtr(z("hair_side")) + .12*(~man))), bald=bald, curl=curl, hair_side=side, hair_top=top, hair_cap=np.ones_like(age), hair_soft=.018 + .02*curl + .03*bald + .012*fringe/.17,
         buzz=np.clip(buzz + .5*(bald > .35), 0, 1), hair_long=length, hair_wide=.90 + .07*ndtr(z("hair_side")) + .12*curl, hair_open=.56 + .05*z("hair_top").clip(-1.5, 1.5) , wave=np.clip(.5 + .5*z("wave"), 0, 1.4)*(curl < .6), ear_cover=np.where(long, np.where(style > .35, 1., 0.), 0.), strand=grey)
 
-# %% ../../nbs/11_rendered.ipynb #af2b2892
+# %% ../../nbs/11_rendered.ipynb #83a7aa21
 def parameters(people:Identities, c:dict) -> dict:
     "Everything the renderer needs, as float32 tensors (B,): features after age, gender and group, then conditions."
     t = people.table; group, age0 = t["ethnicity"].to_numpy(), t["age"].to_numpy(float)
@@ -232,7 +232,7 @@ def parameters(people:Identities, c:dict) -> dict:
     at = {k: j for j, k in enumerate(DIMENSIONS)}
     shift = lambda k: np.array([SHIFTS[g].get(k, 0.) for g in group])
     z = lambda k: people.vector[:, at[k]].astype(float) + shift(k)
-    child = np.clip((18 - age)/14, 0, 1)**.85; old = np.clip((age - 24)/54, 0, 1.3); grown = 1 - child
+    child = np.clip((19 - age)/15, 0, 1)**.75; old = np.clip((age - 19)/58, 0, 1.3)**.9; grown = 1 - child
     p = {k: mean + VARIETY*sd*z(k)*(1 - .35*child) + sex*(male - .5)*grown + young*child + aged*old for k, (mean, sd, sex, young, aged) in SHAPE.items()}
     for k in range(RESIDUALS): p[f"residual{k}"] = z(f"residual{k}")
     full = {a: np.array([EXPRESSIONS[e].get(a, 0.) for e in c["expression"]])*c["intensity"] + c[a] for a in ACTIONS}
@@ -240,12 +240,12 @@ def parameters(people:Identities, c:dict) -> dict:
     r = np.stack([np.random.default_rng(derive_seed(int(s), "extras")).random(16) for s in c["seed"]]) if len(age) else np.zeros((0, 16))
     colours, grey = _colours(z, man, group, age, r); p.update(colours)
     p.update(_hair(z, male, child, age, c, group, grey))
-    stubble = np.where(man & (age > 16), np.clip(.42 + .25*z("beard"), .05, .9), 0); has = man & (age > 19)
+    stubble = np.where(man & (age > 16), np.clip(.50 + .25*z("beard"), .08, .9), 0); has = man & (age > 19)
     beard = np.where(has, np.clip(1.1*z("beard") - .35, 0, 1.1), 0)*c["beard"]
-    p.update(skin_tone=t["skin_tone"].to_numpy(float), redness=.30*z("redness")*(t["skin_tone"].to_numpy() < .6), yellow=.4 + .35*z("yellow") + .5*(group == "asian"), freckles=np.clip(.8*z("freckles") - .9, 0, 1.4)*(group == "white"), eye_bags=np.clip(.05 + .06*z("eye_bags") + .16*old, 0, .4),
-        lip_red=np.clip(.3*z("lip_red") + .45*(1 - male) - .35*male - .3*old, -.8, .9), brow_dense=np.clip(.78 + .12*z("brow_dense") + .08*male - .30*child, .35, 1), brow_gap=.006*z("brow_gap"), brow_long=.012*z("brow_long"), beard=beard, moustache=np.where(has, np.clip(z("moustache") - .75, 0, 1.1), 0)*c["beard"], goatee=np.where(has, np.clip(z("goatee") - 1.0, 0, 1.1), 0)*c["beard"],
-        stubble=stubble, beard_dark=1 - np.clip(grey, 0, .8), beard_length=np.clip(np.maximum(np.maximum(beard, p_(z("moustache") - .75)), p_(z("goatee") - 1.0))*2*has, 0, 1), teeth=.031 + .003*z("teeth"), cupid=.0035 + .0015*z("cupid"), wrinkle=np.clip(old*.95 + .10*z("wrinkle")*(age > 28), 0, 1.2), age_spots=np.clip((age - 55)/30, 0, 1)*.8, shine=.075 + .02*z("shine"),
-        lash=np.clip(.62 - .50*male + .10*z("lash") + .3*c["makeup"], 0, 1.1), skin_offset=ndtr(z("offset")), skin_offset2=ndtr(z("offset2")), male=male, child=child, squint=.4*old, pupil=.40 + 0*old, lipstick=.75*np.clip(c["makeup"]*1.2, 0, 1)*np.ones_like(age), glasses_shape=r[:, 15], glasses_size=.92 + .2*r[:, 14], glasses_thick=np.where(r[:, 13] < .6, .022, .010), neckline=r[:, 12])
+    p.update(skin_tone=t["skin_tone"].to_numpy(float), redness=.30*z("redness")*(t["skin_tone"].to_numpy() < .6), yellow=.4 + .35*z("yellow") + .5*(group == "asian"), freckles=np.clip(.8*z("freckles") - .9, 0, 1.4)*(group == "white"), eye_bags=np.clip(.05*z("eye_bags") - .02 + .26*old, 0, .4),
+        lip_red=np.clip(.3*z("lip_red") + .70*(1 - male) - .30*male - .3*old, -.8, .9), brow_dense=np.clip(.78 + .12*z("brow_dense") + .08*male - .30*child, .35, 1), brow_gap=.006*z("brow_gap"), brow_long=.012*z("brow_long"), beard=beard, moustache=np.where(has, np.clip(z("moustache") - .75, 0, 1.1), 0)*c["beard"], goatee=np.where(has, np.clip(z("goatee") - 1.0, 0, 1.1), 0)*c["beard"],
+        stubble=stubble, beard_dark=1 - np.clip(grey, 0, .8), beard_length=np.clip(np.maximum(np.maximum(beard, p_(z("moustache") - .75)), p_(z("goatee") - 1.0))*2*has, 0, 1), teeth=.031 + .003*z("teeth"), cupid=.0035 + .0015*z("cupid"), wrinkle=np.clip(old*1.15 - .06 + .10*z("wrinkle")*(age > 28), 0, 1.3), aged=np.clip(old, 0, 1.2), age_spots=np.clip((age - 55)/30, 0, 1)*.8, shine=.105 + .025*z("shine"),
+        lash=np.clip(.98 - .78*male + .10*z("lash") + .3*c["makeup"], 0, 1.1), skin_offset=ndtr(z("offset")), skin_offset2=ndtr(z("offset2")), male=male, child=child, squint=.4*old, pupil=.40 + 0*old, lipstick=.75*np.clip(c["makeup"]*1.2, 0, 1)*np.ones_like(age), glasses_shape=r[:, 15], glasses_size=.92 + .2*r[:, 14], glasses_thick=np.where(r[:, 13] < .6, .022, .010), neckline=r[:, 12])
     for k in range(3): p.update({f"mole{k}": np.clip(z(f"mole{k}") - 1., 0, 1), f"mole{k}u": .36*(2*ndtr(z(f"mole{k}u")) - 1), f"mole{k}v": -.15 + .38*(2*ndtr(z(f"mole{k}v")) - 1)})
     names = "yaw pitch roll blink light_azimuth light_elevation light_strength light_temperature ambient backlight exposure contrast saturation glasses mask scarf hat hand makeup tan blush background distance blur noise jpeg".split()
     p.update({k: c[k] for k in names}, gaze_x=.026*c["gaze_x"], gaze_y=.016*c["gaze_y"])
@@ -272,7 +272,7 @@ def _labels(people, c, cam, size) -> dict:
     out["visibility"] = seen.mean(1)
     return out
 
-# %% ../../nbs/11_rendered.ipynb #c6d95cb2
+# %% ../../nbs/11_rendered.ipynb #8279c5d0
 def render(identities:Identities,      # N people from `draw_identities`, or one for all
            conditions:pd.DataFrame|dict|None=None, # N rows; a dict of values or columns; None: the defaults
            size:int=112,        # pixels on a side, 16 ... 512
@@ -297,7 +297,7 @@ def render(identities:Identities,      # N people from `draw_identities`, or one
     try:
         for s in range(0, len(people), batch_size):
             part = people[s:s + batch_size]; c = {k: filled[k].to_numpy()[s:s + batch_size] for k in filled}
-            with torch.no_grad(): images[s:s + batch_size], cam, _ = photograph(parameters(part, c), list(c["seed"]), size, align)
+            with torch.inference_mode(): images[s:s + batch_size], cam, _ = photograph(parameters(part, c), list(c["seed"]), size, align)
             labels.append(_labels(part, c, cam, size))
     finally: torch.set_num_threads(threads)
     if not labels: labels = [_labels(people, {k: filled[k].to_numpy() for k in filled}, dict(landmarks=torch.zeros(0, 5, 2), roll_change=torch.zeros(0), covered=np.zeros((0, 5), bool), behind=np.zeros((0, 5), bool)), size)]

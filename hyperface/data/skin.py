@@ -47,8 +47,8 @@ def step(x): return x.clamp(0, 1)
 def smooth(x):
     x = x.clamp(0, 1); return x*x*(3 - 2*x)
 
-# %% ../../nbs/11b_skin.ipynb #3a7d0a13
-SKIN = (.80, .585, .475)                                        # reflectance of skin without pigment, linear RGB
+# %% ../../nbs/11b_skin.ipynb #4a0f388f
+SKIN = (.80, .560, .425)                                        # reflectance of skin without pigment, linear RGB
 MELANIN, BLOOD = (2.0, 2.5, 2.95), (.03, .24, .17)              # absorption of the two pigments
 TONES = dict(white=.10, asian=.18, other=.32, indian=.50, black=.82)   # mean melanin of the groups drawn here
 
@@ -64,7 +64,7 @@ def fields(p:dict, resolution:int) -> torch.Tensor: # (B, 3, R, R): blood, darke
     eu, mv, nl, cv = p["eye_x"], p["mouth_y"], p["nose_length"], p["chin_y"]
     cheek = .32 + .5*p["redness"].clamp(min=-.5) + .55*p["blush"]
     blood = separable([(.31 + o, -.15, .12, .10, cheek, 1), (o, nl, .06, .06, .30 + .4*p["redness"], 0), (o, cv, .10, .06, .15 + o, 0), (eu, -.05, .09, .03, .14 + o, 1), (1.05 + o, 0, .16, .2, .5 + o, 1), (eu, .04, .09, .025, .12 + o, 1)], t, b)
-    dark = separable([(eu - .01, -.052, .075, .022, p["eye_bags"], 1), (eu - .07, .01, .03, .05, .015 + .35*p["eye_bags"], 1), (o, mv, .20, .07, .03 + o, 0), (o, .30, .3, .16, -.03 + o, 0), (.8 + o, -.3, .25, .5, .05 + o, 1)], t, b)
+    dark = separable([(eu - .01, -.052, .075, .022, p["eye_bags"], 1), (eu - .075, .015, .030, .050, .05 + .35*p["eye_bags"], 1), (eu, .045, .10, .030, .05 + .10*p["aged"], 1), (eu - .01, -.045, .08, .018, .09*p["aged"], 1), (o, mv, .20, .07, .03 + o, 0), (o, .30, .3, .16, -.03 + o, 0), (.8 + o, -.3, .25, .5, .05 + o, 1)], t, b)
     s, m = p["beard"], p["moustache"]; z = p["stubble"]
     beard = separable([(.40 + o, -.56, .14, .13, s + .55*z, 1), (.62 + o, -.36, .075, .17, s + .5*z, 1), (o, cv - .02, .16, .085, 1.3*torch.maximum(s, p["goatee"]) + .8*z, 0), (o, cv - .2, .4, .10, s + .6*z, 0),
         (.070 + o, (mv + nl)/2 - .030, .045, .022, 1.45*torch.maximum(m, s*.9) + .75*z, 1), (.165 + o, mv - .02, .028, .07, .9*torch.maximum(s, p["goatee"]) + .3*z, 1), (o, mv - .062, .028, .016, .5*torch.maximum(s, p["goatee"]), 0)], t, b)
@@ -84,7 +84,7 @@ def gather(mask:torch.Tensor, # (B, H, W) bool
 
 def mix(a, b, t): return a + (b - a)*t
 
-# %% ../../nbs/11b_skin.ipynb #6cb67edd
+# %% ../../nbs/11b_skin.ipynb #df4790b3
 LINES = "wrinkle au1 au2 au4 au6 au9 au10 au12 au15 au20 eye_x eye_size nose_length nose_width mouth_y mouth_width"
 
 def _tooth(x): return (torch.cos(x*6.2832).clamp(min=0)**2)**3
@@ -107,7 +107,7 @@ def _lower(q, u, v, n):
     a = u.abs(); w = q["wrinkle"]
     t = ((q["nose_length"] - .008 - v)/(q["nose_length"] - q["mouth_y"] + .055)).clamp(-.2, 1.2)
     fold = q["nose_width"] + .014 + (q["mouth_width"] + .030 + .012*q["au12"] - q["nose_width"])*t + .022*t*(1 - t)*4
-    depth = .03 + .46*w + .36*q["au12"].clamp(min=0) + .30*q["au9"] + .30*q["au10"] + .2*q["au20"] + .25*q["au15"]
+    depth = .46*w + .36*q["au12"].clamp(min=0) + .30*q["au9"] + .30*q["au10"] + .2*q["au20"] + .25*q["au15"]
     out = depth*(gauss(a - fold, .010) + .4*step((fold - a)/.03)*gauss(a - fold, .022))*smooth(t*5 + .6)*smooth((1.08 - t)*4)
     return out + (.32*w + .12*q["au15"])*gauss(a - q["mouth_width"] - .012 - .10*(q["mouth_y"] - v), .008)*gauss(v - q["mouth_y"] + .06, .03)
 
@@ -115,8 +115,8 @@ def wrinkles(q:dict, u:torch.Tensor, v:torch.Tensor, n:torch.Tensor) -> torch.Te
     "Lines of the forehead, between the brows, at the eyes, from nose to mouth; by age and by action."
     return _upper(q, u, v, n) + _middle(q, u, v, n) + _lower(q, u, v, n)
 
-# %% ../../nbs/11b_skin.ipynb #39d5cd5c
-SKIN_PARTS = "skin_offset skin_offset2 freckles age_spots skin_tone tan redness yellow mole0 mole0u mole0v mole1 mole1u mole1v mole2 mole2u mole2v"
+# %% ../../nbs/11b_skin.ipynb #7643681a
+SKIN_PARTS = "aged skin_offset skin_offset2 freckles age_spots skin_tone tan redness yellow mole0 mole0u mole0v mole1 mole1u mole1v mole2 mole2u mole2v"
 
 def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3, H, W): blood, darkening, beard sampled
                seen:torch.Tensor, # (B, H, W) bool, where the head is
@@ -128,11 +128,11 @@ def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3
     flat = lambda t: t.reshape(-1).index_select(0, index)
     x, y, blood, dark = flat(u), flat(v), flat(f[:, 0]), flat(f[:, 1])
     cloud, fine, _, spots = noise(x*.42 + q["skin_offset"], y*.42 + q["skin_offset2"])
-    mel = q["skin_tone"] + q["tan"] + q["skin_tone"].clamp(max=.5)*.10*cloud + .012*fine + dark*(.6 + .8*q["skin_tone"])
+    mel = q["skin_tone"] + q["tan"] + q["skin_tone"].clamp(max=.5)*(.05 + .12*q["aged"])*cloud + .012*fine + dark*(.6 + .8*q["skin_tone"])
     mel = mel + spots*(.16*q["freckles"]*gauss(x.abs() - .16, .17)*gauss(y + .10, .13) + .10*q["age_spots"])
     for k in range(3):
         if float(p[f"mole{k}"].max()) > 0: mel = mel + .55*q[f"mole{k}"]*step(1.4 - ((x - q[f"mole{k}u"])**2 + (y - q[f"mole{k}v"])**2)*(1/.0095**2))
-    blood = .30 + .16*cloud + blood + .35*q["redness"] + .05*fine
+    blood = .30 + (.10 + .16*q["aged"])*cloud + blood + .35*q["redness"] + .05*fine
     albedo.index_copy_(1, index, skin_colour(mel.clamp(min=.02), blood.clamp(min=0), q["yellow"])*(1 + .018*fine)); grain.index_copy_(0, index, fine)
     a = u.abs(); aged = (p["wrinkle"] > .02)[:, None, None]
     for where, lines in ((seen & (v > -.03) & (v < .42) & (a < .38), _upper), (seen & (a > .06) & (a < .46) & (v < .14) & (v > -.13) & (aged | (p["au6"] > .05)[:, None, None]), _middle), (seen & (v < -.12) & (v > -.47) & (a < .32), _lower)):
@@ -156,7 +156,7 @@ def paint_beard(p:dict, albedo, u, v, density) -> None:
     hair = torch.stack([q["hair_r"], q["hair_g"], q["hair_b"]])*(.92 + .20*s)
     albedo.index_copy_(1, index, mix(albedo.index_select(1, index)*(1 - shadow*torch.tensor([1., .92, .80])[:, None]), hair.clamp(min=.004), cover))
 
-# %% ../../nbs/11b_skin.ipynb #0a14562c
+# %% ../../nbs/11b_skin.ipynb #dcafdfc1
 EYE = "eye_x eye_size eye_open eye_tilt lid_fold gaze_x gaze_y blink au5 au6 au7 iris_r iris_g iris_b lash makeup shadow_r shadow_g shadow_b light_x light_y pixel squint pupil skin_offset"
 
 def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
@@ -171,8 +171,8 @@ def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     top = q["eye_open"]*1.02*raise_*arch*(1 - .16*e); low = -q["eye_open"]*.74*(1 + .15*q["au5"] - .42*q["au6"] - .34*q["au7"] - .1*q["squint"])*arch*(1 + .14*e)
     inside = step((torch.minimum(top - y, y - low))/eps + .5)*step((1.03 - e.abs())*q["eye_size"]/eps + .5)
     gx, gy = q["gaze_x"]*side, q["gaze_y"]; r = torch.sqrt((x - gx)**2 + (y - gy - .003)**2)
-    R = .0400
-    ball = .47*(1 - .22*e2)*(1 - .58*gauss(top - y, .012)) - .02
+    R = .0415
+    ball = .43*(1 - .25*e2)*(1 - .62*gauss(top - y, .014)) - .02
     eye = torch.stack([ball*1.02, ball*(.95 - .12*(e < -.75)), ball*(.915 - .12*(e < -.75))])
     grain = .75 + .55*smooth((r - .010)*(1/.022)) - .55*smooth((r - .027)*(1/.009))
     iris = torch.stack([q["iris_r"], q["iris_g"], q["iris_b"]])*grain*(1 - .45*gauss(top - y, .014))
@@ -195,7 +195,7 @@ def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     albedo.index_copy_(1, index, A + .26*spark*inside*(.0080/(.0052 + .35*q["pixel"])).clamp(max=1))
     gloss[index] = mix(gloss[index], torch.full_like(e, .10), inside)
 
-# %% ../../nbs/11b_skin.ipynb #8657f359
+# %% ../../nbs/11b_skin.ipynb #e1643c3a
 BROW = "eye_x brow_y brow_thick brow_arch au1 au2 au4 au9 brow_r brow_g brow_b brow_dense pixel skin_offset brow_gap brow_long"
 
 def paint_brows(p:dict, albedo:torch.Tensor, u, v) -> None:
@@ -208,12 +208,12 @@ def paint_brows(p:dict, albedo:torch.Tensor, u, v) -> None:
     centre = q["brow_y"] - .006 + .016*(k - .35) + q["brow_arch"]*(1 - ((k - .64)/.64)**2) + .026*q["au1"]*(1 - k)**1.5 + .024*q["au2"]*smooth(k*1.6) - .036*q["au4"]*(1 - .70*k) - .012*q["au9"]
     s = noise((V*.9 + U*.55) + q["skin_offset"], U*.16, 2, 3)[0]
     half = q["brow_thick"]*(1.06 - .62*k*k)*smooth(k*7 + .35)*(1 + .12*s)
-    d = (half - (V - centre).abs())/(.0045 + .8*q["pixel"])
-    cover = step(d*.7 + .5 + .18*s)*smooth((t + .04)*9)*smooth((1.03 - t)*7)*q["brow_dense"]*(.88 + .10*s)
+    d = (half - (V - centre).abs())/(.0060 + .8*q["pixel"])
+    cover = step(d*.7 + .62 + .14*s)*smooth((t + .04)*9)*smooth((1.03 - t)*7)*q["brow_dense"]*(.88 + .10*s)
     hair = torch.stack([q["brow_r"], q["brow_g"], q["brow_b"]])
     albedo.index_copy_(1, index, mix(albedo.index_select(1, index), hair, cover.clamp(0, .95)))
 
-# %% ../../nbs/11b_skin.ipynb #4378d899
+# %% ../../nbs/11b_skin.ipynb #8431e798
 MOUTH = "mouth_y mouth_width lip_upper lip_lower au10 au12 au14 au15 au17 au20 au23 au25 au26 lip_red lipstick stick_r stick_g stick_b nose_length nose_width nose_height pixel skin_offset teeth cupid wrinkle skin_tone"
 
 def mouth_lines(q:dict, U):
@@ -255,8 +255,8 @@ def paint_mouth(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     inner = mix(inner, torch.stack([white, white*.95, white*.86]), teeth)
     A = mix(A, inner, gap)
     nx = (U.abs() - .46*q["nose_width"])/(.25*q["nose_width"]); ny = (V - q["nose_length"] + .031 - .22*U.abs())/.0088
-    hole = smooth((1.40 - torch.sqrt(nx*nx + ny*ny))*1.0)
-    A = A*(1 - hole*torch.tensor([.80, .88, .88])[:, None])
+    hole = smooth((1.25 - torch.sqrt(nx*nx + ny*ny))*1.0)
+    A = A*(1 - hole*torch.tensor([.68, .78, .78])[:, None])
     wing = gauss(torch.sqrt(((U.abs() - .80*q["nose_width"])/.95)**2 + (V - q["nose_length"] + .012)**2) - .030, .006 + .4*q["pixel"])*step((U.abs() - .80*q["nose_width"])*60 + .3)*step((q["nose_length"] + .018 - V)*60)
     albedo.index_copy_(1, index, A*(1 - .30*wing*torch.tensor([.8, 1., 1.])[:, None]))
     gloss[index] = gloss[index] + .07*lip*(1 - gap)*(1 + q["lipstick"]) - .03*hole
