@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARGINS', 'check_labels', 'psi', 'Margin', 'CombinedMargin', 'ArcFace', 'CosFace', 'SphereFace', 'NormalisedSoftmax',
-           'AdaFace', 'make_margin', 'margin_loss', 'sample_centres', 'RowSGD', 'shard_of', 'MarginHead', 'MarginLoss']
+           'AdaFace', 'make_margin', 'margin_loss', 'sample_centres', 'RowSGD', 'shard_of', 'Centres', 'MarginHead',
+           'MarginLoss']
 
 # %% ../../nbs/71_margins.ipynb #05045ec5
 import math
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..core import ConfigError, DataError, torch_rng
 
-# %% ../../nbs/71_margins.ipynb #bf0eab5d
+# %% ../../nbs/71_margins.ipynb #4f585ecc
 def check_labels(labels,       # (N,) whole numbers in 0..n_classes-1, or -1: not in this shard, no margin
                  n:int,        # rows they belong to
                  n_classes:int,# C
@@ -31,6 +32,7 @@ def check_labels(labels,       # (N,) whole numbers in 0..n_classes-1, or -1: no
         raise DataError(f"labels[{row}] is out of range: there are {n_classes:,} classes", int(labels[row]), f"Labels run from 0 to {n_classes - 1}; -1 means 'not in this shard'")
     return labels
 
+# %% ../../nbs/71_margins.ipynb #7529103e
 def psi(phi:torch.Tensor # angles, radians, >= 0
         ) -> torch.Tensor: # cos(phi) up to pi, falling on below -1 after it
     "Cosine continued so that it never rises again: (-1)^k cos(phi) - 2k with k = floor(phi/pi)."
@@ -173,7 +175,7 @@ class NormalisedSoftmax(CombinedMargin):
     def __init__(self, s:float=64.): # scale of all logits
         super().__init__(1., 0., 0., s)
 
-# %% ../../nbs/71_margins.ipynb #8f9f81cc
+# %% ../../nbs/71_margins.ipynb #df97a6ce
 class AdaFace(Margin):
     "A margin that follows the length of the embedding, a stand-in for image quality: angular for poor images, additive for good ones."
     def __init__(self, m:float=.4,    # margin
@@ -206,6 +208,7 @@ class AdaFace(Margin):
         return value, torch.ones_like(c) if self.straight_through else slope
     def extra_repr(self): return f"m={self.m:g}, h={self.h:g}, s={self.s:g}, t_alpha={self.t_alpha:g}"
 
+# %% ../../nbs/71_margins.ipynb #95b1f906
 MARGINS = dict(arcface=ArcFace, cosface=CosFace, sphereface=SphereFace, adaface=AdaFace, combined=CombinedMargin, softmax=NormalisedSoftmax)
 
 def make_margin(name, # "arcface", "cosface", "sphereface", "adaface", "combined", "softmax"; a `Margin` is passed through
@@ -219,7 +222,7 @@ def make_margin(name, # "arcface", "cosface", "sphereface", "adaface", "combined
     try: return MARGINS[name](**options)
     except TypeError as e: raise ConfigError(f"{name} does not take these options: {e}", options) from e
 
-# %% ../../nbs/71_margins.ipynb #400a0cf8
+# %% ../../nbs/71_margins.ipynb #940a3b04
 def _inverse(length:torch.Tensor) -> torch.Tensor:
     "1/length; 0 for a row of zeros, which has no direction; NaN for a length beyond the range, so that it is seen."
     out = torch.where(length <= torch.finfo(length.dtype).tiny, torch.zeros_like(length), 1/length)
@@ -263,7 +266,7 @@ class _MarginLoss(torch.autograd.Function):
                 gx = (gx - (gx*xn).sum(1, keepdim=True)*xn)*ix[:, None]
             if ctx.needs_input_grad[1]:
                 gw = h.T @ (xn*r)                                           # (k, d)
-                for a in range(0, len(w), 1024): _tangent_(gw[a:a + 1024], w[a:a + 1024], iw[a:a + 1024])
+                for a in range(0, len(w), 512): _tangent_(gw[a:a + 512], w[a:a + 512], iw[a:a + 512])
                 if ctx.index is not None: gw = torch.sparse_coo_tensor(ctx.index[None], gw, ctx.shape, is_coalesced=True, check_invariants=False)
         return gx, gw, None, None, None, None
 
@@ -297,7 +300,7 @@ def margin_loss(embeddings:torch.Tensor, # (N, d), any length
     losses = _MarginLoss.apply(x, centres, None, labels, margin, None)      # (n,)
     return losses if reduction == "none" else losses.sum()/(max(len(losses), 1) if reduction == "mean" else 1)
 
-# %% ../../nbs/71_margins.ipynb #2fc5dccc
+# %% ../../nbs/71_margins.ipynb #91a6b31a
 def sample_centres(positive:torch.Tensor, # (p,) classes of this batch, each once, sorted
                    n_classes:int,         # C
                    keep:int,              # how many to keep altogether; more if there are more positives
@@ -316,6 +319,7 @@ def sample_centres(positive:torch.Tensor, # (p,) classes of this batch, each onc
     if len(positive): drawn = drawn[positive[torch.searchsorted(positive, drawn).clamp(max=len(positive) - 1)] != drawn]
     return torch.cat([positive, drawn[:extra]]).sort().values
 
+# %% ../../nbs/71_margins.ipynb #d6feaaa7
 class RowSGD(torch.optim.Optimizer):
     "SGD with momentum and weight decay that touches only the rows that have a gradient; equal to `torch.optim.SGD` where all have."
     def __init__(self, params,
@@ -383,12 +387,11 @@ class _Gather(torch.autograd.Function):
         grad = _reduce(grad.clone(memory_format=torch.contiguous_format), dist.ReduceOp.SUM, ctx.group)
         return grad[ctx.start:ctx.start + ctx.n]*ctx.factor, None, None
 
-# %% ../../nbs/71_margins.ipynb #64b09949
-class MarginHead(nn.Module):
-    "The last layer of a recogniser in training: centres of all classes, and a margin."
+# %% ../../nbs/71_margins.ipynb #a352cd21
+class Centres(nn.Module):
+    "One direction for each class: all of them, a random part of them in each training step, or one shard on each rank."
     def __init__(self, dim:int,           # length of an embedding
                  n_classes:int,           # C, over all ranks
-                 margin="arcface",        # a `Margin` or its name
                  sample_rate:float=1.,    # share of the centres that a training step looks at, in (0, 1]; positives always
                  seed:int=0,              # of the first centres and of the sampling
                  sharded:bool=False,      # each rank holds its share of the classes (needs torch.distributed)
@@ -399,7 +402,7 @@ class MarginHead(nn.Module):
         if dim < 1 or n_classes < 1: raise ConfigError("A head needs dim >= 1 and n_classes >= 1", (dim, n_classes))
         if not 0 < sample_rate <= 1: raise ConfigError("sample_rate must lie in (0, 1]", sample_rate)
         if sharded and not (dist.is_available() and dist.is_initialized()): raise ConfigError("sharded=True needs a process group", None, "Start with torchrun and call torch.distributed.init_process_group first")
-        self.margin, self.dim, self.n_classes, self.sample_rate, self.averaged = make_margin(margin), dim, n_classes, float(sample_rate), averaged
+        self.dim, self.n_classes, self.sample_rate, self.averaged = dim, n_classes, float(sample_rate), averaged
         self.group = (group or dist.group.WORLD) if sharded else None
         self.rank, self.world = (dist.get_rank(self.group), dist.get_world_size(self.group)) if sharded else (0, 1)
         self.start, self.stop = shard_of(n_classes, self.rank, self.world)
@@ -408,26 +411,57 @@ class MarginHead(nn.Module):
     @torch.no_grad()
     def reset(self, seed:int=0 # of the centres
               ) -> None:
-        "Centres N(0, .01) as insightface's; class j gets the same centre however many ranks there are."
+        "Centres N(0, .01^2) as insightface's; class j gets the same centre however many ranks there are."
         for block in range(self.start//4096, -(-self.stop//4096)):
-            first = max(self.start, 4096*block); last = min(self.stop, 4096*block + 4096)
+            first, last = max(self.start, 4096*block), min(self.stop, 4096*block + 4096)
             drawn = torch.randn(4096, self.dim, generator=torch_rng(seed, "centres", block))*.01
             self.weight[first - self.start:last - self.start] = drawn[first - 4096*block:last - 4096*block].to(self.weight)
     def local(self, labels:torch.Tensor) -> torch.Tensor:
         "Class numbers within this shard; -1 for classes that another rank holds."
         return labels if self.group is None else torch.where((labels >= self.start) & (labels < self.stop), labels - self.start, -1)
-    def cosine(self, embeddings:torch.Tensor # (N, dim), any length
-               ) -> torch.Tensor:            # (N, classes of this shard)
-        "Cosines with all centres of this shard; float32 also under autocast."
-        x = _prepare(embeddings, self.dim, torch.promote_types(self.weight.dtype, torch.float32)); weight = self.weight.to(x.dtype)
-        long = lambda v: (n := torch.linalg.vector_norm(v, dim=1)).masked_fill(n <= torch.finfo(n.dtype).tiny, math.inf) # zeros have no direction: cosine 0
-        with torch.autocast(x.device.type, enabled=False): return (x/long(x)[:, None]) @ weight.T/long(weight)
     def gather(self, embeddings:torch.Tensor, labels:torch.Tensor|None):
         "Checked embeddings in the centres' precision and labels, of all ranks where the head is sharded."
         x = _prepare(embeddings, self.dim, torch.promote_types(self.weight.dtype, torch.float32))
         labels = None if labels is None else check_labels(labels, len(x), self.n_classes).to(x.device)
         if self.group is None: return x, labels
         return _Gather.apply(x, self.group, float(self.world) if self.averaged else 1.), None if labels is None else _Gather.apply(labels, self.group, 1)
+    def cosine(self, embeddings:torch.Tensor # (N, dim), any length
+               ) -> torch.Tensor:            # (N, classes of this shard)
+        "Cosines with all centres of this shard; float32 also under autocast."
+        x = _prepare(embeddings, self.dim, torch.promote_types(self.weight.dtype, torch.float32)); weight = self.weight.to(x.dtype)
+        long = lambda v: (n := torch.linalg.vector_norm(v, dim=1)).masked_fill(n <= torch.finfo(n.dtype).tiny, math.inf) # zeros have no direction: cosine 0
+        with torch.autocast(x.device.type, enabled=False): return (x/long(x)[:, None]) @ weight.T/long(weight)
+    def sample(self, labels:torch.Tensor # (N,) within this shard, -1 elsewhere
+               ) -> tuple[torch.Tensor, torch.Tensor]: # (k,) classes kept, sorted; (N,) labels among them
+        "Draw the centres of one step."
+        keep = min(len(self.weight), max(1, round(self.sample_rate*len(self.weight))))
+        index = sample_centres(labels[labels >= 0].unique(), len(self.weight), keep, self.generator)
+        return index, torch.where(labels >= 0, torch.searchsorted(index, labels), -1)
+    @torch.no_grad()
+    def whole(self) -> torch.Tensor: # (C, dim) on every rank
+        "The centres of all ranks; to save them, for instance."
+        return self.weight.detach().clone() if self.group is None else _Gather.apply(self.weight.detach(), self.group, 1.)
+    @torch.no_grad()
+    def set_whole(self, weight:torch.Tensor # (C, dim)
+                  ) -> None:
+        "Take this rank's rows of a whole table of centres."
+        if tuple(weight.shape) != (self.n_classes, self.dim): raise DataError(f"centres must have shape ({self.n_classes}, {self.dim})", tuple(weight.shape))
+        self.weight.copy_(weight[self.start:self.stop])
+
+# %% ../../nbs/71_margins.ipynb #a9648f94
+class MarginHead(Centres):
+    "The last layer of a recogniser in training: centres of all classes, and a margin."
+    def __init__(self, dim:int,           # length of an embedding
+                 n_classes:int,           # C, over all ranks
+                 margin="arcface",        # a `Margin` or its name
+                 sample_rate:float=1.,    # share of the centres that a training step looks at, in (0, 1]; positives always
+                 seed:int=0,              # of the first centres and of the sampling
+                 sharded:bool=False,      # each rank holds its share of the classes (needs torch.distributed)
+                 group=None,              # process group; None is all ranks
+                 averaged:bool=True,      # the backbone's gradients are averaged over ranks afterwards, as DistributedDataParallel does
+                 ):
+        super().__init__(dim, n_classes, sample_rate, seed, sharded, group, averaged)
+        self.margin = make_margin(margin)
     def forward(self, embeddings:torch.Tensor, # (N, dim), any length
                 labels:torch.Tensor|None=None, # (N,) or None: no margin
                 ) -> torch.Tensor:             # (N, C); where sharded, rows of all ranks and the classes of this one
@@ -446,12 +480,6 @@ class MarginHead(nn.Module):
         if self.training and self.sample_rate < 1: index, labels = self.sample(labels)
         losses = _MarginLoss.apply(x, self.weight.to(x.dtype), index, labels, self.margin, self.group) # (N,)
         return losses.sum()/max(len(losses), 1)
-    def sample(self, labels:torch.Tensor # (N,) within this shard, -1 elsewhere
-               ) -> tuple[torch.Tensor, torch.Tensor]: # (k,) classes kept, (N,) labels among them
-        "Draw the centres of one step."
-        positive = labels[labels >= 0].unique()
-        index = sample_centres(positive, len(self.weight), max(1, round(self.sample_rate*len(self.weight))) if len(self.weight) else 0, self.generator)
-        return index, torch.where(labels >= 0, torch.searchsorted(index, labels), -1)
     def extra_repr(self): return f"{self.dim} -> {self.n_classes:,} classes" + (f", sample_rate={self.sample_rate:g}" if self.sample_rate < 1 else "") + (f", rank {self.rank} of {self.world} holds {self.start:,}..{self.stop - 1:,}" if self.world > 1 else "")
 
 class MarginLoss(MarginHead):
