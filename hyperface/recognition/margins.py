@@ -16,16 +16,17 @@ from torch import nn
 
 from ..core import ConfigError, DataError, torch_rng
 
-# %% ../../nbs/71_margins.ipynb #4f585ecc
+# %% ../../nbs/71_margins.ipynb #0cb1784f
 def check_labels(labels,       # (N,) whole numbers in 0..n_classes-1, or -1: not in this shard, no margin
                  n:int,        # rows they belong to
-                 n_classes:int,# C
+                 n_classes:int|None,# C; None leaves the range to a later look
                  ) -> torch.Tensor: # (N,) int64
     "Labels as int64; `DataError` names the first row that is no class."
     labels = torch.as_tensor(labels)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool: raise DataError("labels must be whole numbers", labels.dtype)
     if tuple(labels.shape) != (n,): raise DataError(f"labels must have shape ({n},), one for each embedding", tuple(labels.shape))
     labels = labels.long()
+    if n_classes is None: return labels
     bad = (labels < -1) | (labels >= n_classes)
     if bad.any():
         row = int(bad.nonzero()[0])
@@ -222,12 +223,36 @@ def make_margin(name, # "arcface", "cosface", "sphereface", "adaface", "combined
     try: return MARGINS[name](**options)
     except TypeError as e: raise ConfigError(f"{name} does not take these options: {e}", options) from e
 
-# %% ../../nbs/71_margins.ipynb #940a3b04
+# %% ../../nbs/71_margins.ipynb #520a684b
 def _inverse(length:torch.Tensor) -> torch.Tensor:
     "1/length; 0 for a row of zeros, which has no direction; NaN for a length beyond the range, so that it is seen."
     out = torch.where(length <= torch.finfo(length.dtype).tiny, torch.zeros_like(length), 1/length)
     return out.masked_fill(length.isinf(), math.nan)
 
+def _cosines(x, w, labels, margin):
+    "Table of cosines with the target entries replaced, and what backward needs; lengths divide the product, not the centres."
+    norms = torch.linalg.vector_norm(x, dim=1); ix, iw = _inverse(norms), _inverse(torch.linalg.vector_norm(w, dim=1))
+    xn = x*ix[:, None]                                                      # (N, d), length 1
+    z = (xn @ w.T).mul_(iw)                                                 # (N, k)
+    rows = (labels >= 0).nonzero()[:, 0]; columns = labels[rows]            # (n,), (n,)
+    value, slope = margin.target(z[rows, columns], norms[rows])
+    z[rows, columns] = value
+    return z, value, (xn, ix, w, iw, rows, columns, slope)
+
+def _pull(h, r, xn, ix, w, iw, needs):
+    "Gradients by embeddings and centres, given those by the product (h, to be multiplied by r row by row); tangential."
+    gx = gw = None
+    if needs[0]:
+        gx = (h @ w)*r                                                      # (N, d)
+        gx = (gx - (gx*xn).sum(1, keepdim=True)*xn)*ix[:, None]
+    if needs[1]:
+        gw = h.T @ (xn*r)                                                   # (k, d)
+        for a in range(0, len(w), 512):                                     # block by block, while it is in the cache
+            g, v = gw[a:a + 512], w[a:a + 512]
+            g.addcmul_(v, ((g*v).sum(1)*iw[a:a + 512]**2)[:, None], value=-1)
+    return gx, gw
+
+# %% ../../nbs/71_margins.ipynb #028e4156
 def _reduce(x:torch.Tensor, op, group) -> torch.Tensor:
     "All-reduce over a group; nothing to do without one."
     if group is not None: dist.all_reduce(x, op=op, group=group)
@@ -238,42 +263,40 @@ class _MarginLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, index, labels, margin, group):
         with torch.autocast(x.device.type, enabled=False):
-            w = weight if index is None else weight.index_select(0, index)  # (k, d)
-            norms = torch.linalg.vector_norm(x, dim=1); ix, iw = _inverse(norms), _inverse(torch.linalg.vector_norm(w, dim=1))
-            xn = x*ix[:, None]                                              # (N, d), length 1
-            z = (xn @ w.T).mul_(iw)                                         # (N, k) cosines
-            rows = (labels >= 0).nonzero()[:, 0]; columns = labels[rows]    # (n,), (n,)
-            value, slope = margin.target(z[rows, columns], norms[rows])
-            z[rows, columns] = value
+            z, value, saved = _cosines(x, weight if index is None else weight.index_select(0, index), labels, margin)
             top = z.amax(1) if z.shape[1] else z.new_full((len(z),), -math.inf)
             _reduce(top, dist.ReduceOp.MAX, group)
-            total = z.sub_(top[:, None]).mul_(margin.s).exp_().sum(1); own = z.new_zeros(len(z)).index_copy_(0, rows, value.to(z.dtype))
+            total = z.sub_(top[:, None]).mul_(margin.s).exp_().sum(1); own = z.new_zeros(len(z)).index_copy_(0, saved[4], value.to(z.dtype))
             _reduce(total, dist.ReduceOp.SUM, group); _reduce(own, dist.ReduceOp.SUM, group)
-        ctx.save_for_backward(xn, ix, w, iw, z, total, rows, columns, slope)
+        ctx.save_for_backward(z, total, *saved)
         ctx.index, ctx.shape, ctx.s = index, weight.shape, margin.s
         return total.log() + margin.s*(top - own)                           # (N,)
     @staticmethod
     def backward(ctx, grad):
         _once()
-        xn, ix, w, iw, z, total, rows, columns, slope = ctx.saved_tensors
-        gx = gw = None
+        z, total, xn, ix, w, iw, rows, columns, slope = ctx.saved_tensors
         with torch.autocast(xn.device.type, enabled=False):
-            h = z*(iw*ctx.s)                                                # (N, k): d loss/d product, but for the factor r of each row
+            h = z*(iw*ctx.s)                                                # (N, k)
             h[rows, columns] = (z[rows, columns] - total[rows])*slope.to(z.dtype)*iw[columns]*ctx.s
-            r = (grad/total)[:, None]                                       # (N, 1)
-            if ctx.needs_input_grad[0]:
-                gx = (h @ w)*r                                              # (N, d)
-                gx = (gx - (gx*xn).sum(1, keepdim=True)*xn)*ix[:, None]
-            if ctx.needs_input_grad[1]:
-                gw = h.T @ (xn*r)                                           # (k, d)
-                for a in range(0, len(w), 512): _tangent_(gw[a:a + 512], w[a:a + 512], iw[a:a + 512])
-                if ctx.index is not None: gw = torch.sparse_coo_tensor(ctx.index[None], gw, ctx.shape, is_coalesced=True, check_invariants=False)
+            gx, gw = _pull(h, (grad/total)[:, None], xn, ix, w, iw, ctx.needs_input_grad)
+        if gw is not None and ctx.index is not None: gw = torch.sparse_coo_tensor(ctx.index[None], gw, ctx.shape, is_coalesced=True, check_invariants=False)
         return gx, gw, None, None, None, None
 
-def _tangent_(gradient, w, inverse):
-    "Take out of a gradient what points along the centre itself, in place, block by block while it is in the cache."
-    along = (gradient*w).sum(1)*inverse**2                                  # (b,)
-    gradient.addcmul_(w, along[:, None], value=-1)
+class _HeadLogits(torch.autograd.Function):
+    "The same table as logits, for whoever wants to go on with them."
+    @staticmethod
+    def forward(ctx, x, weight, labels, margin):
+        with torch.autocast(x.device.type, enabled=False): z, _, saved = _cosines(x, weight, labels, margin)
+        ctx.save_for_backward(*saved); ctx.s = margin.s
+        return z.mul_(margin.s)                                             # (N, C)
+    @staticmethod
+    def backward(ctx, grad):
+        _once()
+        xn, ix, w, iw, rows, columns, slope = ctx.saved_tensors
+        with torch.autocast(xn.device.type, enabled=False):
+            h = grad*(iw*ctx.s)                                             # (N, C)
+            h[rows, columns] *= slope.to(h.dtype)
+            return (*_pull(h, torch.ones_like(ix)[:, None], xn, ix, w, iw, ctx.needs_input_grad), None, None)
 
 # %% ../../nbs/71_margins.ipynb #9471db34
 def _prepare(embeddings, dim:int, dtype) -> torch.Tensor:
@@ -387,7 +410,7 @@ class _Gather(torch.autograd.Function):
         grad = _reduce(grad.clone(memory_format=torch.contiguous_format), dist.ReduceOp.SUM, ctx.group)
         return grad[ctx.start:ctx.start + ctx.n]*ctx.factor, None, None
 
-# %% ../../nbs/71_margins.ipynb #a352cd21
+# %% ../../nbs/71_margins.ipynb #274a92bf
 class Centres(nn.Module):
     "One direction for each class: all of them, a random part of them in each training step, or one shard on each rank."
     def __init__(self, dim:int,           # length of an embedding
@@ -422,9 +445,10 @@ class Centres(nn.Module):
     def gather(self, embeddings:torch.Tensor, labels:torch.Tensor|None):
         "Checked embeddings in the centres' precision and labels, of all ranks where the head is sharded."
         x = _prepare(embeddings, self.dim, torch.promote_types(self.weight.dtype, torch.float32))
-        labels = None if labels is None else check_labels(labels, len(x), self.n_classes).to(x.device)
+        if labels is not None: labels = check_labels(labels, len(x), None if self.group else self.n_classes).to(x.device)
         if self.group is None: return x, labels
-        return _Gather.apply(x, self.group, float(self.world) if self.averaged else 1.), None if labels is None else _Gather.apply(labels, self.group, 1)
+        x = _Gather.apply(x, self.group, float(self.world) if self.averaged else 1.)
+        return x, None if labels is None else check_labels(_Gather.apply(labels, self.group, 1), len(x), self.n_classes) # all ranks see a bad label, and none waits
     def cosine(self, embeddings:torch.Tensor # (N, dim), any length
                ) -> torch.Tensor:            # (N, classes of this shard)
         "Cosines with all centres of this shard; float32 also under autocast."
@@ -448,7 +472,7 @@ class Centres(nn.Module):
         if tuple(weight.shape) != (self.n_classes, self.dim): raise DataError(f"centres must have shape ({self.n_classes}, {self.dim})", tuple(weight.shape))
         self.weight.copy_(weight[self.start:self.stop])
 
-# %% ../../nbs/71_margins.ipynb #a9648f94
+# %% ../../nbs/71_margins.ipynb #8f062b14
 class MarginHead(Centres):
     "The last layer of a recogniser in training: centres of all classes, and a margin."
     def __init__(self, dim:int,           # length of an embedding
@@ -467,8 +491,9 @@ class MarginHead(Centres):
                 ) -> torch.Tensor:             # (N, C); where sharded, rows of all ranks and the classes of this one
         "Scaled logits, with the margin in the label's column. All classes, whatever the sample rate."
         x, labels = self.gather(embeddings, labels)
-        cosine = self.cosine(x)
-        return cosine*self.margin.s if labels is None else self.margin(cosine, self.local(labels), norms=torch.linalg.vector_norm(x.detach(), dim=1))
+        labels = torch.full((len(x),), -1, device=x.device) if labels is None else labels
+        if self.margin.training and (labels >= 0).any(): self.margin.observe(torch.linalg.vector_norm(x.detach(), dim=1))
+        return _HeadLogits.apply(x, self.weight.to(x.dtype), self.local(labels), self.margin)
     def loss(self, embeddings:torch.Tensor, # (N, dim) of this rank, any length
              labels:torch.Tensor,           # (N,) class over all ranks, or -1: left out
              ) -> torch.Tensor:             # scalar: the mean over the labelled rows of all ranks
