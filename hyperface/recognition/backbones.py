@@ -151,7 +151,7 @@ class MobileFaceNet(Backbone):
         pooled, flat, matrix, norm = self.features.layers
         return norm(matrix(F.dropout(flat(pooled(self.conv_sep(x))), self.dropout_rate, self.training))) # (N, b, s, s) -> (N, 512) -> (N, d)
 
-# %% ../../nbs/70_backbones.ipynb #70931c82
+# %% ../../nbs/70_backbones.ipynb #42ee25b9
 MODELS = dict(iresnet18=(2, 2, 2, 2), iresnet34=(3, 4, 6, 3), iresnet50=(3, 4, 14, 3), iresnet100=(3, 13, 30, 3), iresnet200=(6, 26, 60, 6),
               mobilefacenet=(4, 6, 2), resnet_tiny=(1, 1, 1, 1)) # blocks in each stage
 
@@ -160,7 +160,7 @@ def list_models() -> list[str]:
     return list(MODELS)
 
 def _whole(name, value, low, high):
-    if isinstance(value, bool) or int(value) != value or not low <= value <= high: raise ConfigError(f"{name} must be a whole number from {low} to {high}", value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer)) or not low <= value <= high or int(value) != value: raise ConfigError(f"{name} must be a whole number from {low} to {high}", value)
     return int(value)
 
 def create_model(name:str,              # one of `list_models()`
@@ -204,7 +204,7 @@ def model_costs(names=None,         # backbones; None: all
         rows.append(dict(name=name, parameters=sum(p.numel() for p in net.parameters())/1e6, multiplications=total[0]/1e6, tensors=len(net.state_dict())))
     return pd.DataFrame(rows).set_index("name")
 
-# %% ../../nbs/70_backbones.ipynb #9663809b
+# %% ../../nbs/70_backbones.ipynb #1ea501dd
 def unit_embeddings(model,           # a Backbone, or any module that gives (N, d)
                     images,          # (N, 3, H, W) in [-1, 1]
                     flip:bool=False, # add the features of the mirror image first
@@ -222,9 +222,10 @@ def as_embedder(model,           # a Backbone
                 name:str|None=None, # what results call it; None: the backbone's name
                 ) -> TorchEmbedder:
     "A backbone as an `Embedder`; it shares the weights, and leaves training mode as it was."
-    was, device = model.training, next(model.parameters()).device if device is None else device
+    training, device = [m for m in model.modules() if m.training], next(model.parameters()).device if device is None else device
     try: return TorchEmbedder(UnitNetwork(model, model.image_size, flip), name or model.name, device)
-    finally: model.train(was)
+    finally:
+        for m in training: m.training = True
 
 # %% ../../nbs/70_backbones.ipynb #96873b31
 def save_pretrained(model,  # a Backbone
