@@ -49,11 +49,11 @@ SHAPE = dict(
     temple=(-.015, .010, -.003, .012, -.012), muzzle=(.112, .012, .003, -.010, 0), jowl=(0, .006, .002, .006, .036), weight=(.0, .030, .0, .010, -.010), ear_out=(.34, .10, .03, .08, .03), ear_size=(1.0, .09, .05, -.06, .12))
 RESIDUALS = 12    # unnamed bumps at fixed places: what makes a face individual beyond the named features
 
-# %% ../../nbs/11a_head.ipynb #a7a37412
+# %% ../../nbs/11a_head.ipynb #20c8e1b6
 ACTIONS = dict(au1="inner brows up", au2="outer brows up", au4="brows down and together", au5="upper lids up", au6="cheeks up", au7="lids tight", au9="nose wrinkled",
     au10="upper lip up", au12="lip corners up", au14="one corner up (dimple)", au15="lip corners down", au17="chin up", au20="lips stretched", au23="lips pressed", au25="lips parted", au26="jaw dropped")
 EXPRESSIONS = dict(neutral={}, happy=dict(au6=1.1, au12=1.15, au25=.75, au7=.3, au26=-.12, au1=-.15), sad=dict(au1=1.25, au2=-.3, au15=1.15, au17=.8, au4=.5, au5=-.55, au7=.3, au23=.2),
-    surprise=dict(au1=.9, au2=1, au5=1, au25=.5, au26=1), fear=dict(au1=1.5, au2=-.1, au4=.9, au5=1.25, au20=1.5, au25=.35, au15=.5),
+    surprise=dict(au1=1.1, au2=1.2, au5=1.25, au25=.55, au26=1.2, au20=-.2), fear=dict(au1=1.3, au2=-.1, au4=1.2, au5=1.3, au20=1.6, au25=.3, au15=.75, au7=-.2),
     anger=dict(au4=1.7, au1=-.4, au5=.25, au7=.9, au23=1.15, au17=.5, au9=.6, au15=.75), disgust=dict(au9=1.3, au10=1.2, au4=1.2, au7=1.0, au6=.3, au15=.6, au12=-.35, au25=.55, au26=.3),
     contempt=dict(au14=1, au12=.1, au2=.25, au7=.2))
 
@@ -147,7 +147,7 @@ def point(r:torch.Tensor, u:torch.Tensor, v:torch.Tensor) -> torch.Tensor: # (..
     q = u*u + v*v
     return torch.stack([2*u, 2*v, 1 - q], -1)*(r/(1 + q))[..., None]
 
-# %% ../../nbs/11a_head.ipynb #d07d2524
+# %% ../../nbs/11a_head.ipynb #6739a876
 def rotation(yaw:torch.Tensor, pitch:torch.Tensor, roll:torch.Tensor, # (B,) degrees
              ) -> torch.Tensor: # (B, 3, 3), head frame to camera frame
     "Yaw, then pitch, then roll: positive turns to the image's right, looks up, tilts clockwise."
@@ -161,8 +161,8 @@ def rotation(yaw:torch.Tensor, pitch:torch.Tensor, roll:torch.Tensor, # (B,) deg
 
 def landmarks3d(p:dict, maps:torch.Tensor) -> torch.Tensor: # (B, 5, 3) head frame
     "Eyes, nose tip and mouth corners on the surface, image-left first for a frontal face."
-    eu = p["eye_x"]; mw = p["mouth_width"] + .014*p["au12"] + .016*p["au20"] - .010*p["au23"] - .014*p["au26"]
-    mc = p["mouth_y"] - .024 + .042*p["au12"] - .028*p["au15"] + .002*p["au17"] - .012*p["au20"]
+    eu = p["eye_x"]; mw = p["mouth_width"] + .014*p["au12"] + .016*p["au20"] - .010*p["au23"] - .026*p["au26"]
+    mc = p["mouth_y"] - .029 + .042*p["au12"] - .028*p["au15"] + .002*p["au17"] - .012*p["au20"]
     u = torch.stack([-eu, eu, 0*eu, -mw, mw], 1)
     v = torch.stack([0*eu, 0*eu, p["nose_length"], mc, mc + .052*p["au14"]], 1)
     return point(sample(maps[:, :1], u, v)[:, 0], u, v)
@@ -209,7 +209,20 @@ def rays(cam:dict, width:int, height:int, step:float=1.0, # pixels between rays;
     B = [col(R[:, 2, i]) - A[i]/D for i in range(3)]
     return A, B
 
-# %% ../../nbs/11a_head.ipynb #8686ba0c
+# %% ../../nbs/11a_head.ipynb #f410b415
+def _walk(look, A, B, z, steps:int, extra:float):
+    "A few plain steps towards the surface and one secant: depth there, and what was left before the secant."
+    inv = torch.rsqrt(B[0]*B[0] + B[1]*B[1] + B[2]*B[2]); last = at = None
+    for k in range(steps):
+        x, y, w = (torch.addcmul(A[i], z, B[i]) for i in range(3))
+        n = torch.sqrt(x*x + y*y + w*w)
+        den = 1/(n + w).clamp_(min=.05)
+        f = n - look(x*den, y*den)
+        before, last, there, at, z = last, f, None if last is None else at, z, z - (f*.9 + (extra if k < steps//2 else 0))*inv
+    slope = (last - before)/(at - there)                                            # of f along the ray, about 1 where the ray meets the skin squarely
+    slope = torch.where(slope > .2, slope, .2)
+    return at - (last/slope).clamp(-.06, .06), last
+
 def _march(look, # (u, v) -> radius there
            A, B, z, steps:int, relax:float, least:float):
     "Walk along the rays towards the surface |P| = r(P): depth there, nearest approach, and whether the ray entered."
@@ -230,7 +243,7 @@ def _march(look, # (u, v) -> radius there
     return torch.where(found, z, where), torch.where(found, 0., best), found
 
 HULL = (1.02, 1.36, 1.26)      # half axes of an ellipsoid that holds every head
-STEPS = (7, 3, 12)             # on every second pixel, on every pixel, again where edges are
+STEPS = (6, 3, 14)             # on every second pixel, on every pixel, again where edges are
 
 def enter(A, B) -> torch.Tensor: # (B, H, W) depth
     "Where rays meet the hull, or come nearest to it: a start close to the skin, also where rays graze it."
@@ -245,11 +258,12 @@ def trace(radius:torch.Tensor, # (B, 1, R, R)
     "The first point of the head on every ray: depth z, coverage 0..1, position, chart coordinates."
     half = size//2; look = lambda u, v: sample(radius, u, v)[:, 0]
     A, B = rays(cam, half, half, 2.)
-    z, _, hit = _march(look, A, B, enter(A, B), STEPS[0], .85, .035)
+    z, left = _walk(look, A, B, enter(A, B), STEPS[0], .03); hit = (left < .02)[:, None].float()
     A, B = rays(cam, size, size); up = lambda t: F.interpolate(t, (size, size), mode="bilinear", align_corners=False)[:, 0]
-    where, best, found = _march(look, A, B, up(z[:, None]) + .03, STEPS[1], .9, .012)
+    where, best = _walk(look, A, B, up(z[:, None]) + .012, STEPS[1], 0.); found = best.abs() < .006
     front = up(F.max_pool2d(z[:, None], 3, 1, 1))                                   # depth edges and grazing rays: again, from the nearer side
-    index = torch.nonzero(((~found & ((best < .10) | (up(hit[:, None].float()) > 0))) | (front - where > .08)).view(-1))[:, 0]
+    index = torch.nonzero(((~found & ((best < .06) | (up(hit) > 0))) | (front - where > .08)).view(-1))[:, 0]
+    best = torch.where(found, 0., best)
     if len(index):
         index = torch.cat([index, index[-1:].expand(-len(index) % 64)])             # whole vectors: the same bits in any batch
         at = lambda t: t.reshape(-1).index_select(0, index); a, b = [at(t) for t in A], [at(t) for t in B]
@@ -257,8 +271,8 @@ def trace(radius:torch.Tensor, # (B, 1, R, R)
         def one(u, v): # the same look-up for pixels of different pictures together
             x, y = ((t.clamp(-SPAN, SPAN)*(1/SPAN) + 1)*(.5*(R - 1)) for t in (u, v))
             i, j = x.floor().clamp_(max=R - 2), y.floor().clamp_(max=R - 2); x, y = x - i, y - j; k = first + (j*R + i).long()
-            top, low = (flat[k + o] + x*(flat[k + o + 1] - flat[k + o]) for o in (0, R))
-            return top + y*(low - top)
+            top, low = (torch.lerp(flat.index_select(0, k + o), flat.index_select(0, k + (o + 1)), x) for o in (0, R))
+            return torch.lerp(top, low, y)
         z2, near2, found2 = _march(one, a, b, at(front) + .04, STEPS[2], .9, .03)
         z1, near1, found1 = at(where), at(best), at(found)
         take = (found2 & (~found1 | (z2 > z1 + .02))) | (~found1 & ~found2 & (near2 < near1))

@@ -213,14 +213,14 @@ def paint_brows(p:dict, albedo:torch.Tensor, u, v) -> None:
     hair = torch.stack([q["brow_r"], q["brow_g"], q["brow_b"]])
     albedo.index_copy_(1, index, mix(albedo.index_select(1, index), hair, cover.clamp(0, .95)))
 
-# %% ../../nbs/11b_skin.ipynb #8431e798
+# %% ../../nbs/11b_skin.ipynb #ae58b373
 MOUTH = "mouth_y mouth_width lip_upper lip_lower au10 au12 au14 au15 au17 au20 au23 au25 au26 lip_red lipstick stick_r stick_g stick_b nose_length nose_width nose_height pixel skin_offset teeth cupid wrinkle skin_tone"
 
 def mouth_lines(q:dict, U):
     "Corners, and the four curves of a mouth: upper edge, upper inner, lower inner, lower edge."
-    width = q["mouth_width"] + .014*q["au12"] + .016*q["au20"] - .010*q["au23"] - .014*q["au26"]
+    width = q["mouth_width"] + .014*q["au12"] + .016*q["au20"] - .010*q["au23"] - .026*q["au26"]
     x = U/width; x2 = (x*x).clamp(max=2.)
-    rest = q["mouth_y"] - .024*x2 - .010*q["au12"] + .006*q["au15"] + .012*q["au17"] + .003*(1 - x2)
+    rest = q["mouth_y"] - .029*x2 - .010*q["au12"] + .006*q["au15"] + .012*q["au17"] + .003*(1 - x2)
     corner = (.052*q["au12"] - .034*q["au15"])*x2 + .052*q["au14"]*x2*step(x*2) - .010*q["au17"]*x2 - .012*q["au20"]*x2
     line = rest + corner
     lens = (1 - x2).clamp(min=0); soft = lens.sqrt()*.35 + lens*.65
@@ -249,7 +249,7 @@ def paint_mouth(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     A = A*(1 - seam*torch.tensor([.85, 1., 1.])[:, None])
     gap = step((upin - V)/eps + .5)*step((V - lowin)/eps + .5)*step((upin - lowin)/eps - .4)*end
     deep = (upin - lowin).clamp(min=1e-3)
-    bite = q["teeth"]*(.55 + .45*q["au25"].clamp(0, 1)); teeth = step((V - upin + bite)/eps + .5)*step((1.0 - ax)*4)
+    bite = q["teeth"]*(.55 + .45*q["au25"].clamp(0, 1))*(1 - .65*(q["au26"] - q["au12"]).clamp(0, 1)); teeth = step((V - upin + bite)/eps + .5)*step((1.0 - ax)*4)
     white = .62*(1 - .55*ax*ax)*(1 - .35*gauss(upin - V, .006))*(1 - .10*gauss(((x*4.5).frac().abs() - .5).abs() - .5, .10))
     inner = torch.stack([.085 + .17*step((lowin + .5*deep - V)/.02), .020 + .045*step((lowin + .5*deep - V)/.02), .018 + .045*step((lowin + .5*deep - V)/.02)])*(1 - .4*ax*ax)
     inner = mix(inner, torch.stack([white, white*.95, white*.86]), teeth)
