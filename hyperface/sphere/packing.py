@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'PackResult', 'load_packing', 'leading_subspace', 'certify', 'closest_pair', 'nearest_rows',
            'PublishedObjective', 'fast_bfloat16', 'contact_curvature', 'hinge_gradient', 'to_caps', 'Hinge',
-           'json_text', 'SmoothMaximum', 'thin', 'start_points', 'shake', 'is_small', 'default_steps', 'pack', 'extend']
+           'json_text', 'SmoothMaximum', 'thin', 'start_points', 'shake', 'even_out', 'is_small', 'default_steps',
+           'pack', 'extend']
 
 # %% ../../nbs/32_packing.ipynb #2cf49b87
 import contextlib, itertools, math, time
@@ -391,7 +392,7 @@ class Hinge:
         level = torch.kthvalue(cos.flatten().float(), max(1, int(cos.numel() - q*len(rows)))).values
         self.t = float(level) if self.t != self.t else .5*self.t + .5*float(level)
 
-# %% ../../nbs/32_packing.ipynb #3b15a279
+# %% ../../nbs/32_packing.ipynb #ca539f7f
 def _hinge_step(self, seconds=0., cpu=0.):
     "One look-ahead step, with the guard; returns whether a checkpoint may follow."
     x, v, mu = self.x, self.v, self.momentum
@@ -399,8 +400,8 @@ def _hinge_step(self, seconds=0., cpu=0.):
     sphere = lambda z: project(z/z.norm(dim=1, keepdim=True))
     if not self.free and self.k < self.budget: self.threshold()
     y = sphere(x + mu*v)
-    low, ranks = not self.finish, self.ranks                    # the last steps are exact: in the products and in what travels
-    g, top, q, r = hinge_gradient(y, self.t, self.fixed, self.low and low, self.block, ranks.others(y, self.rows, low))
+    low, ranks = not self.finish, self.ranks                    # the last steps are exact in the products, the last fifth in what travels
+    g, top, q, r = hinge_gradient(y, self.t, self.fixed, self.low and low, self.block, ranks.others(y, self.rows, low and self.k < .8*self.budget))
     top = ranks.largest(top); q, r = (v/ranks.size for v in ranks.total([q, r])); finite = not ranks.largest(float(not bool(g.isfinite().all())))
     if top < self.max_cos: self.max_cos, self.best = top, y
     self.history.append(dict(step=self.k, seconds=float(seconds), cpu=float(cpu), max_cos=top, threshold=self.t, contacts=q, overlap=r, guards=self.guards))
@@ -568,6 +569,17 @@ def shake(x, seed:int, nearer_deg:float=1., by:float=.5) -> np.ndarray: # (n, d)
     if len(close): x = x.copy(); x[close] = unit(x[close] + by*unit(rng(seed, "shake").standard_normal((len(close), x.shape[1])))).astype(np.float32)
     return x
 
+# %% ../../nbs/32_packing.ipynb #98b8e2eb
+def even_out(x,                # (n, d) unit float32
+             above:float=2.,   # leave the set alone if no direction holds more than this many times its share
+             ) -> np.ndarray:  # (n, d) unit float32
+    "The set with the same energy in every direction."
+    moment = sum(x[a:a + 8192].astype(np.float64).T @ x[a:a + 8192].astype(np.float64) for a in range(0, len(x), 8192))
+    value, vector = np.linalg.eigh(moment); mean = value.mean()
+    if value[-1] <= above*mean: return x
+    turn = (vector/np.sqrt(np.maximum(value, 1e-3*mean))) @ vector.T
+    return unit(np.float32(x @ np.float32(turn*mean**.5)), "the start")
+
 # %% ../../nbs/32_packing.ipynb #4746656c
 def _closed_form(n:int, dim:int, seed:int):
     "Points for the cases whose optimum is known by heart: one point, a line, a circle."
@@ -596,15 +608,18 @@ def _match(x, gallery, usable) -> np.ndarray:
         j = np.where(free, cos[i], -2).argmax(); rows[i] = usable[j]; free[j] = False
     return rows
 
-# %% ../../nbs/32_packing.ipynb #7bbe2259
+# %% ../../nbs/32_packing.ipynb #565a9b85
 def _prepare(n, dim, method, gallery, min_anchor_cosine, init, max_steps, seed, device, symmetry, subspace, alpha, lr, batch, low, block, scale, ranks):
     "The optimiser that the arguments ask for, with the basis it works in and the anchors; or points known in closed form."
     import torch
     basis = None if subspace is None else leading_subspace(gallery, subspace)
     inner = dim if basis is None else len(basis)
     plain = method == "hinge" and init is None and min_anchor_cosine is None and (gallery is None or basis is not None)
+    if n == 1 and gallery is not None and basis is None:
+        rows = None if min_anchor_cosine is None else thin(gallery, 1)
+        return (start_points(1, dim, init, gallery, seed) if rows is None else gallery[rows], "one point"), None, rows
     if n == 1 or dim == 1 or (plain and inner == 2):
-        if gallery is None or (basis is not None and plain): return _closed_form(n, inner, seed), basis, None
+        if gallery is None or (dim == 1 and min_anchor_cosine is None) or (basis is not None and plain): return _closed_form(n, inner, seed), basis, None
     t = lambda a: torch.from_numpy(np.ascontiguousarray(a, np.float32)).to(device)
     if method == "hyperface":
         return PublishedObjective(t(shake(start_points(n, dim, init, gallery, seed), seed, 1e-3, .01)), None if gallery is None else t(gallery), alpha, lr, batch, seed), None, None
@@ -628,6 +643,7 @@ def _prepare(n, dim, method, gallery, min_anchor_cosine, init, max_steps, seed, 
     else: x = start_points(n, dim, init, gallery, seed)
     if basis is not None and x.shape[1] != inner: x = unit(x @ basis.T.astype(np.float32), "the start within the subspace")
     if init is not None and not (isinstance(init, str) and init == "random") or gallery is not None: x = shake(np.float32(x), seed)
+    if anchors is None and n >= 4*inner: x = even_out(x) if max_steps else x
     x = t(x); x = to_caps(x, anchors, limits) if anchors is not None else x
     budget = max(1, (max_steps - 8)/1.4 if anchors is not None or n < 4*inner else max_steps/1.25)
     part = lambda a: None if a is None else a[ranks.rows(n)]
