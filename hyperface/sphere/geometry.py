@@ -60,7 +60,7 @@ def angle(x,               # (n, d) or (d,) vectors, need not be of length 1
     result = 2*np.arctan2(np.linalg.norm(x - y, axis=1), np.linalg.norm(x + y, axis=1))
     return result[0] if scalar else result
 
-# %% ../../nbs/30_geometry.ipynb #707695fa
+# %% ../../nbs/30_geometry.ipynb #e988ff47
 def _block_maxima(x, y, groups_x, groups_y, symmetric:bool, block:int, bar):
     "Best cosine and its index for every row of x among the rows of y (torch tensors); equal groups do not count."
     import torch
@@ -91,7 +91,7 @@ def _block_maxima(x, y, groups_x, groups_y, symmetric:bool, block:int, bar):
 def _recheck(x, y, rows, groups_x, groups_y, same:bool):
     "Angle and index of the nearest neighbour of some rows, searched in float64; ties to 1e-14 are decided by the exact angle."
     angles, index = np.empty(len(rows)), np.empty(len(rows), np.int64)
-    size = int(np.clip(2e7/len(y), 16, 1024))                  # rows at a time: a table of at most 160 MB
+    size = int(np.clip(5e6/len(y), 16, 1024))                  # rows at a time: a table of about 40 MB
     for start in range(0, len(rows), size):
         part = rows[start:start + size]
         left, cos = x[part].astype(np.float64), np.empty((len(part), len(y)))
