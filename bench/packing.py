@@ -3,7 +3,7 @@
     python bench/packing.py                          n = 10,000, d = 512, 60 s of wall time a method, two threads
     python bench/packing.py --seconds 60 --cpu       60 s x threads of *processor* time a method (for a machine that others use)
     python bench/packing.py --n 2000 --dim 128 --seconds 10 --methods orbits,hinge,published
-    python bench/packing.py --growth                 time of a step and of a certificate from 10k to 100k points
+    python bench/packing.py --growth                 time and memory of a step from 10k to a million points
 
 Targets of issue 5 at the defaults: orbits and hinge >= 86.80 degrees in 60 s, >= 86.95 in ten minutes; from a clustered start
 >= 86.65; peak memory <= 0.8 GB.
@@ -53,36 +53,56 @@ def worker(name: str, n: int, dim: int, seconds: float, threads: int, seed: int)
     return dict(result.as_dict(), peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def growth(threads: int) -> None:
-    "Seconds of processor time for one step of each kind and for the certificate, as n grows."
-    import numpy as np
+def growth_worker(n: int, dim: int, threads: int) -> dict:
+    "Processor seconds of one step on orbits and on free points (of a share of the rows where all would take minutes), in a process of its own."
+    import resource
 
     from hyperface.core import set_threads
     set_threads(threads)
     import torch
 
-    from hyperface.sphere.geometry import nearest_neighbours
     from hyperface.sphere.orbits import OrbitHinge
     from hyperface.sphere.packing import hinge_gradient, start_points
-    print(f"{'n':>9} {'orbit step':>11} {'free step':>11} {'certificate':>12}   processor seconds, {threads} threads")
-    for n in (10_000, 20_000, 50_000, 100_000):
-        orbit = OrbitHinge(n, 512, 100)
-        orbit.step()
-        times = [time.process_time()]
-        orbit.step()
-        times.append(time.process_time())
-        if n <= 20_000:
-            x = start_points(n, 512, "random", None, 0)
-            times.append(time.process_time())
-            hinge_gradient(torch.from_numpy(x), .05)
-            times.append(time.process_time())
-            nearest_neighbours(x)
-            times.append(time.process_time())
-            print(f"{n:>9,} {times[1] - times[0]:>11.3f} {times[3] - times[2]:>11.2f} {times[4] - times[3]:>12.2f}")
-            scale = np.array([times[3] - times[2], times[4] - times[3]]) / n**2
-        else:
-            print(f"{n:>9,} {times[1] - times[0]:>11.3f} {scale[0] * n**2:>10.1f}* {scale[1] * n**2:>11.1f}*")
-    print("* n^2 from the row above")
+
+    def seconds(call):
+        before = time.process_time()
+        call()
+        return time.process_time() - before
+    orbit = OrbitHinge(n, dim, 100)
+    orbit.step()
+    row = dict(n=n, orbit=seconds(orbit.step), orbit_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if n <= 200_000:
+        x = torch.from_numpy(start_points(n, dim, "random", None, 0))
+        rows = n if n <= 20_000 else max(1024, int(20_000 * 20_000 / n))
+        if rows == n:
+            row["free"] = seconds(lambda: hinge_gradient(x, .05))
+        else:  # 4 rows n dim operations for the share, 3 n^2 dim for all (half the table is the other half)
+            row["free"] = seconds(lambda: hinge_gradient(x[:rows], .05, fixed=x[rows:])) * 3 * n / (4 * rows)
+        row["rows"] = rows
+        state = [torch.zeros_like(x) for _ in range(5)]  # what a run holds beside the points: velocity, best, quiet, look-ahead, step
+        row["mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        del state
+    return row
+
+
+def growth(dim: int, threads: int, sizes=(10_000, 20_000, 50_000, 100_000, 1_000_000)) -> None:
+    "Time and memory of a step as n grows, and what follows for a million points on one H200."
+    print(f"{'n':>10} {'orbit step':>11} {'free step':>11} {'rows':>8} {'GFLOP/s':>8} {'peak MB':>9}   processor seconds, d = {dim}, {threads} threads")
+    for n in sizes:
+        done = subprocess.run([sys.executable, __file__, "--growth-worker", str(n), f"--dim={dim}", f"--threads={threads}"], capture_output=True, text=True, env=environment(threads))
+        line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+        if line is None:
+            sys.exit(f"n = {n} failed:\n{done.stderr[-2000:]}")
+        r = json.loads(line[7:])
+        free = f"{r['free']:>11.2f} {r['rows']:>8,} {3 * n * n * dim / r['free'] / 1e9:>8.0f} {r['mb']:>9.0f}" if "free" in r else f"{'-':>11} {'-':>8} {'-':>8} {r['orbit_mb']:>9.0f}"
+        print(f"{n:>10,} {r['orbit']:>11.3f} {free}", flush=True)
+    flop = 4 * 1e12 * dim
+    print(f"A million free points, one H200 (not measured): 4 n^2 d = {flop:.2e} operations a step without use of symmetry; at 400 TFLOP/s {flop / 400e12:.1f} s, "
+          f"120 steps {120 * flop / 400e12 / 60:.0f} min; state 6 n d float32 + 1 bfloat16 copy = {(6 * 4 + 2) * 1e6 * dim / 2**30:.0f} GiB")
+
+
+def environment(threads: int) -> dict:
+    return dict(os.environ, HYPERFACE_PROGRESS="0", OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
 
 
 def main() -> None:
@@ -97,23 +117,26 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--growth-worker", type=int, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
         print("RESULT " + json.dumps(worker(a.worker, a.n, a.dim, a.seconds, a.threads, a.seed)))
         return
+    if a.growth_worker:
+        print("RESULT " + json.dumps(growth_worker(a.growth_worker, a.dim, a.threads)))
+        return
     if a.growth:
-        return growth(a.threads)
+        return growth(a.dim, a.threads)
     unknown = set(a.methods.split(",")) - set(METHODS)
     if unknown:
         sys.exit(f"unknown methods {sorted(unknown)}; there are {', '.join(METHODS)}")
-    print(f"{a.n:,} points, d = {a.dim}, {a.seconds:g} s a method, {a.threads} threads")
+    print(f"{a.n:,} points, d = {a.dim}, {a.seconds:g} s a method, {a.threads} threads, load {os.getloadavg()[0]:.1f}")
     print(f"{'method':<38}{'angle':>9}{'1 % NN':>9}{'max cos':>9}{'steps':>7}{'wall s':>8}{'cpu s':>8}{'peak MB':>9}")
     rows, share = [], 1.
     for name in a.methods.split(","):
-        environment = dict(os.environ, HYPERFACE_PROGRESS="0", OMP_NUM_THREADS=str(a.threads), OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
         command = [sys.executable, __file__, "--worker", name, *(f"--{k}={v}" for k, v in
                    (("n", a.n), ("dim", a.dim), ("seconds", a.seconds / share), ("threads", a.threads), ("seed", a.seed)))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment(a.threads), capture_output=True, text=True)
         line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
         if line is None:
             sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -491,3 +492,183 @@ def test_angles_per_identity_and_limits():
 def test_sampling_refuses(call):
     with pytest.raises(ConfigError):
         call(geometry.unit(draws(4, 5)))
+
+
+# ---- many processes, kills, groups, faces -------------------------------------------------------------------------------------------
+PACK_ONCE = """
+import json, os, sys
+import numpy as np, torch
+torch.set_num_threads(1)
+from hyperface.core import rng
+from hyperface.sphere.geometry import unit
+from hyperface.sphere.packing import extend, pack
+gallery = unit(rng(0, "gallery").standard_normal((500, 32)) + .4)
+free = pack(1500, 64, symmetry="none", init="random", max_steps=120, seed=0, checkpoint=sys.argv[1] + ".state.npz", checkpoint_every=0)
+orbit = pack(1500, 64, max_steps=200, seed=0)
+tied = pack(300, 32, gallery=gallery, min_anchor_cosine=.9, max_steps=40, seed=0)
+grown = extend(gallery[:300], 61, max_steps=30)
+rank = os.environ.get("RANK", "0")
+found = {k: [r.min_angle_deg, float(np.float64(r.points).sum()), r.gallery_distance if k == "tied" else 0.] for k, r in dict(free=free, orbit=orbit, tied=tied, grown=grown).items()}
+assert np.allclose(grown.points[:300], gallery[:300], atol=1e-6) and tied.anchor_cosine >= .9 - 1e-5
+json.dump(found, open(sys.argv[1] + rank, "w"))
+"""
+
+
+def spawn(code, *arguments, ranks=1, timeout=240, **environment):
+    import os
+    env = {**os.environ, "HYPERFACE_PROGRESS": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in (str(Path(packing.__file__).parents[2]), os.environ.get("PYTHONPATH")) if p), **environment}
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return subprocess.run([sys.executable, *start, str(code), *map(str, arguments)], capture_output=True, text=True, env=env, timeout=timeout)
+
+
+def test_two_gloo_processes_find_the_angle_of_one(tmp_path):
+    import json
+    code = tmp_path / "once.py"
+    code.write_text(PACK_ONCE)
+    for name, ranks in (("one", 1), ("two", 2)):
+        done = spawn(code, tmp_path / name, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, first, second = (json.loads((tmp_path / f).read_text()) for f in ("one0", "two0", "two1"))
+    assert first == second, "the ranks return different points"
+    for kind in ("free", "orbit", "tied", "grown"):
+        assert abs(one[kind][0] - first[kind][0]) <= .01, (kind, one[kind], first[kind])
+    with np.load(tmp_path / "two.state.npz") as state:
+        assert state["x"].shape == (1500, 64)
+
+
+def test_ranks_with_different_arguments_are_refused(tmp_path):
+    code = tmp_path / "differ.py"
+    code.write_text("import os\nfrom hyperface.sphere.packing import pack\npack(200, 24, symmetry='none', max_steps=5, seed=int(os.environ['RANK']))")
+    done = spawn(code, ranks=2)
+    assert done.returncode != 0 and "different arguments" in done.stderr
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+import hyperface.sphere.packing as p
+step, die = p.Hinge.step, int(sys.argv[3])
+def dying(self, *a):
+    if self.k == die: os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *a)
+p.Hinge.step = dying
+p.pack(400, 32, symmetry="none", init="random", max_steps=60, seed=4, checkpoint=sys.argv[1] or None, checkpoint_every=0).save(sys.argv[2])
+"""
+
+
+def test_sigkill_and_resume_give_the_same_bits(tmp_path):
+    code, state = tmp_path / "killed.py", tmp_path / "state.npz"
+    code.write_text(KILLED)
+    assert spawn(code, "", tmp_path / "whole.npz", -1).returncode == 0
+    for die in (20, 41):
+        assert spawn(code, state, tmp_path / "no.npz", die).returncode == -9
+    assert state.exists() and not (tmp_path / "no.npz").exists() and not [f for f in tmp_path.iterdir() if "part" in f.name or "tmp" in f.suffix and f != state]
+    assert spawn(code, state, tmp_path / "resumed.npz", -1).returncode == 0
+    whole, resumed = (packing.load_packing(tmp_path / f"{n}.npz") for n in ("whole", "resumed"))
+    assert (whole.points == resumed.points).all() and whole.steps == resumed.steps
+    assert [h["max_cos"] for h in whole.history] == [h["max_cos"] for h in resumed.history]
+
+
+def test_signature_is_the_promised_one():
+    import inspect
+    wanted = dict(n=inspect.Parameter.empty, dim=512, method="hinge", gallery=None, min_anchor_cosine=None, alpha=.5, init=None, max_steps=None, max_seconds=None, target_angle_deg=None, seed=0, device=None)
+    found = inspect.signature(packing.pack).parameters
+    assert list(found)[:len(wanted)] == list(wanted) and {k: found[k].default for k in wanted} == wanted
+    assert all(p.kind is p.KEYWORD_ONLY for k, p in found.items() if k not in ("n", "dim"))
+
+
+@pytest.mark.parametrize("extra", [{}, dict(min_anchor_cosine=.9), dict(method="hyperface"), dict(method="code"), dict(subspace=3), dict(init="gallery")])
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_and_two_points_with_a_gallery(n, extra):
+    gallery = geometry.unit(draws(9, 6) + .5)
+    r = packing.pack(n, 6, gallery=gallery, max_steps=30, **extra)
+    assert r.points.shape == (n, 6) and np.isfinite(r.points).all() and 0 <= r.gallery_distance <= 2
+    assert math.isnan(r.min_angle_deg) == (n == 1)
+    if "min_anchor_cosine" in extra:
+        assert r.anchor_cosine >= .9 - 1e-5
+    r._repr_html_()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_line_with_a_gallery(n):
+    r = packing.pack(n, 1, gallery=np.array([[1.], [-2.], [3.]]))
+    assert set(np.abs(r.points.ravel())) == {1.} and (n != 2 or r.min_angle_deg == pytest.approx(180))
+
+
+def test_nan_gallery_row_is_named():
+    gallery = draws(20, 16)
+    gallery[7, 3] = np.nan
+    with pytest.raises(DataError, match="Row 7 of gallery is not finite"):
+        packing.pack(5, 16, gallery=gallery)
+    gallery[7] = 0
+    with pytest.raises(DataError, match="Row 7 of gallery is all zeros"):
+        packing.pack(5, 16, gallery=gallery)
+
+
+def test_clustered_start_comes_apart_without_the_guard():
+    r = np.random.default_rng(0)
+    start = geometry.unit((r.standard_normal((1300, 64)) * np.exp(-np.arange(64) / 20) + .3 * np.eye(64)[0]).astype(np.float32))
+    found = packing.pack(1300, 64, init=start, max_steps=60)
+    assert found.history[-1]["guards"] == 0 and found.min_angle_deg > 78 and found.bound_deg > found.min_angle_deg
+    kept = (found.points * start).sum(1).mean()
+    assert kept > .4, "points left their start behind"
+
+
+@pytest.mark.slow
+def test_eight_dimensional_roots_and_the_24_cell():
+    assert packing.pack(24, 4).min_angle_deg == pytest.approx(60, abs=1e-3)
+    assert packing.pack(240, 8).min_angle_deg == pytest.approx(60, abs=1e-3)
+
+
+def test_picture_of_a_result():
+    import matplotlib
+    matplotlib.use("Agg")
+    r = packing.pack(60, 8, max_steps=32)
+    a, b = r.plot()
+    assert len(a.lines) >= 2 and b.patches and "<svg" in r._repr_html_() and "bound" in r._repr_html_()
+    assert r.nn_deg.shape == (60,) and r.nn_deg.min() == pytest.approx(r.min_angle_deg, abs=1e-4)
+
+
+def test_groups_even_out_what_a_cut_does_not():
+    from hyperface.sphere.groups import assign_groups, group_separation
+    r = np.random.default_rng(1)
+    points = geometry.unit(r.standard_normal((400, 16)) * np.r_[np.ones(8), np.full(8, .3)] + np.r_[.8, np.zeros(15)] * (np.arange(400) < 150)[:, None])
+    cut = group_separation(points, np.arange(400) // 134)
+    even = assign_groups(points, {0: 134, 1: 134, 2: 132}, seed=1, max_tries=4000)
+    assert even.tail_gap_deg < .5 * cut.tail_gap_deg and max(abs(g["share"] - 1) for g in even.rows) < .05 < max(abs(g["share"] - 1) for g in cut.rows)
+    assert np.bincount(even.labels.astype(int)).tolist() == [134, 134, 132]
+    assert (assign_groups(points, {0: 134, 1: 134, 2: 132}, seed=1, max_tries=4000).labels == even.labels).all()
+    cosines = np.degrees(np.arccos(np.clip(points @ points.T, -1, 1)))
+    for g in even.rows:
+        mine = even.labels == g["group"]
+        inside = cosines[np.ix_(mine, mine)][np.triu_indices(mine.sum(), 1)]
+        assert inside.min() == pytest.approx(g["min_within_deg"], abs=1e-3) and cosines[np.ix_(mine, ~mine)].min() == pytest.approx(g["min_between_deg"], abs=1e-3)
+        assert np.mean(inside <= g["tail_within_deg"] + 1e-4) == pytest.approx(1 / even.one_in, rel=.1)
+
+
+def test_groups_of_hardly_any_points():
+    from hyperface.sphere.groups import assign_groups, group_separation
+    assert assign_groups(np.eye(3), ["a", "b", "c"]).labels.tolist() != [] and assign_groups(np.eye(2), ["a"]).rows[0]["min_within_deg"] == pytest.approx(90)
+    for bad in (dict(sizes={"a": -1}), dict(sizes=["a", "b", "c", "d"])):
+        with pytest.raises(ConfigError):
+            assign_groups(np.eye(3), **bad)
+    with pytest.raises(DataError):
+        group_separation(np.eye(1), ["a"])
+
+
+def test_front_and_yardstick():
+    from hyperface.sphere.faces import equal_steps, front, yardstick
+    r = np.random.default_rng(2)
+    centres = geometry.unit(r.standard_normal((120, 24)) + .7 * np.eye(24)[0])
+    photos = geometry.unit(np.repeat(centres, 3, axis=0) + .1 * r.standard_normal((360, 24)))
+    rod = yardstick(photos, np.repeat(np.arange(120), 3), held_out=.25, seed=1)
+    assert len(rod.gallery) == 90 and len(rod.held_out) == 30 and rod.stranger < rod.self_
+    i = 5
+    others = geometry.unit(photos[[16, 17]].sum(0))
+    assert rod.same[15] == pytest.approx(float(photos[15] @ others), abs=1e-5) and i == 15 // 3
+    curve = front(rod, 50, cosines=(.8, 1., .9), alphas=(.1, 10.), max_steps=30)
+    assert curve.cosines == (1., .9, .8) and curve.dominates and [x.steps for x in curve.published] == [equal_steps(30, 50, 90)] * 2
+    assert curve.ours[0].gallery_distance == pytest.approx(0, abs=1e-5) and all(x.anchor_cosine >= c - 1e-5 for c, x in zip(curve.cosines, curve.ours))
+    with pytest.raises(ConfigError, match="the gallery has 90"):
+        front(rod, 91)

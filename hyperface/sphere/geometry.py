@@ -60,12 +60,12 @@ def angle(x,               # (n, d) or (d,) vectors, need not be of length 1
     result = 2*np.arctan2(np.linalg.norm(x - y, axis=1), np.linalg.norm(x + y, axis=1))
     return result[0] if scalar else result
 
-# %% ../../nbs/30_geometry.ipynb #86c7350b
+# %% ../../nbs/30_geometry.ipynb #e988ff47
 def _block_maxima(x, y, groups_x, groups_y, symmetric:bool, block:int, bar):
     "Best cosine and its index for every row of x among the rows of y (torch tensors); equal groups do not count."
     import torch
-    best = torch.full((len(x),), -2.); home = torch.zeros(len(x), dtype=torch.long) # best cosine so far, and the block it is in
-    buffer = torch.empty(block*block)
+    best = torch.full((len(x),), -2., device=x.device); home = torch.zeros(len(x), dtype=torch.long, device=x.device) # best cosine so far, and the block it is in
+    buffer = torch.empty(block*block, device=x.device)
     for a in range(0, len(x), block):
         left = x[a:a + block]
         for b in range(a if symmetric else 0, len(y), block):
@@ -78,20 +78,20 @@ def _block_maxima(x, y, groups_x, groups_y, symmetric:bool, block:int, bar):
                 value = table.amax(axis); here = slice(start, start + len(value))
                 home[here] = torch.where(value > best[here], offset, home[here]); best[here] = torch.maximum(value, best[here])
             bar.update(len(left)*len(right))
-    index = torch.full((len(x),), -1, dtype=torch.long)         # which row of that block: one more product per row and block
+    index = torch.full((len(x),), -1, dtype=torch.long, device=x.device)         # which row of that block: one more product per row and block
     for b in home.unique().tolist():
         rows = torch.nonzero((home == b) & (best > -1.5))[:, 0]
         for part in rows.split(block):
             cos = x[part] @ y[b:b + block].T
             if groups_x is not None: cos.masked_fill_(groups_x[part, None] == groups_y[None, b:b + block], -2.)
-            elif symmetric: cos.masked_fill_(part[:, None] == torch.arange(b, b + cos.shape[1]), -2.)
+            elif symmetric: cos.masked_fill_(part[:, None] == torch.arange(b, b + cos.shape[1], device=x.device), -2.)
             index[part] = cos.argmax(1) + b
-    return best.numpy(), index.numpy()
+    return best.cpu().numpy(), index.cpu().numpy()
 
 def _recheck(x, y, rows, groups_x, groups_y, same:bool):
     "Angle and index of the nearest neighbour of some rows, searched in float64; ties to 1e-14 are decided by the exact angle."
     angles, index = np.empty(len(rows)), np.empty(len(rows), np.int64)
-    size = int(np.clip(2e7/len(y), 16, 1024))                  # rows at a time: a table of at most 160 MB
+    size = int(np.clip(5e6/len(y), 16, 1024))                  # rows at a time: a table of about 40 MB
     for start in range(0, len(rows), size):
         part = rows[start:start + size]
         left, cos = x[part].astype(np.float64), np.empty((len(part), len(y)))
@@ -106,11 +106,12 @@ def _recheck(x, y, rows, groups_x, groups_y, same:bool):
             angles[start + k], index[start + k] = exact[j], candidates[j]
     return angles, index
 
-# %% ../../nbs/30_geometry.ipynb #7db94820
+# %% ../../nbs/30_geometry.ipynb #da1efb9e
 def nearest_neighbours(x,             # (n, d) vectors, need not be of length 1
                        y=None,        # (m, d) to search in; None searches x itself, a row never finds itself
                        groups=None,   # (n,) labels: a row never finds one with its own label (or a pair of label arrays, for x and y)
                        block:int=4096,# rows per block: memory is about 8 block^2 bytes beside the vectors
+                       device=None,   # torch device for the float32 search; None is the CPU
                        ) -> tuple[np.ndarray, np.ndarray]: # (n,) radians float64, (n,) row numbers in y
     """Angle to the nearest neighbour of every row, in bounded memory. The angle is that of the two rows named, to 1e-12;
     another row may be nearer by at most 1e-6 rad. Rows without any candidate get NaN and index -1."""
@@ -126,7 +127,7 @@ def nearest_neighbours(x,             # (n, d) vectors, need not be of length 1
         groups_x, groups_y = code[:len(x)], code[len(x):]
     else: groups_x = groups_y = None
     if not len(x) or not len(y): return np.full(len(x), np.nan), np.full(len(x), -1)
-    t = lambda a: None if a is None else torch.from_numpy(np.ascontiguousarray(a))
+    t = lambda a: None if a is None else torch.from_numpy(np.ascontiguousarray(a)).to(device or "cpu")
     x32 = t(x.astype(np.float32, copy=False)); y32 = x32 if same else t(y.astype(np.float32, copy=False))
     with progress(None, "nearest neighbours", len(x)*len(y)//(2 if same else 1), "pair") as bar:
         best, index = _block_maxima(x32, y32, t(groups_x), t(groups_y), same, block, bar)

@@ -5,38 +5,41 @@
 # %% auto #0
 __all__ = ['orbit_gradient', 'expand', 'OrbitHinge']
 
-# %% ../../nbs/32b_orbits.ipynb #c8810c3f
+# %% ../../nbs/32b_orbits.ipynb #2075fcaa
 import math
 
 import numpy as np
 
 from ..core import ConfigError, rng
 from .bounds import isostatic_cosine
+from .packing import contact_curvature
+from .ranks import Ranks
 
-# %% ../../nbs/32b_orbits.ipynb #611e6c05
+# %% ../../nbs/32b_orbits.ipynb #b983cd80
 def orbit_gradient(y,              # (g, d) unit torch, generators
                    t:float,        # threshold on the cosine
                    rows:int=64,    # generators per block: memory is about 12 rows g d bytes
-                   ):              # gradient (g, d), largest cosine, contacts per point, mean row sum
+                   share:slice=slice(None), # generators whose part of the gradient is wanted
+                   ):              # gradient of the share (g', d), largest cosine, contacts per point, mean row sum
     "Gradient of the hinge energy of all shifts of the generators, by FFT."
     import torch
     g, d = y.shape; spectrum = torch.fft.rfft(y)                # (g, f)
-    grad, top, q, r = torch.zeros_like(y), -2., 0., 0.
-    for a in range(0, g, rows):
-        mine = spectrum[a:a + rows]
+    first, last, _ = share.indices(g); grad, top, q, r = [], -2., 0., 0.
+    for a in range(first, last, rows):
+        mine = spectrum[a:min(a + rows, last)]
         c = torch.fft.irfft(mine.conj()[:, None]*spectrum[None], n=d) # (rows, g, d): c_ij(s)
         i = torch.arange(len(mine)); c[i, a + i, 0] = -2.             # a point with itself
         top = max(top, float(c.max())); c.sub_(t).clamp_(min=0)
         q += float((c > 0).sum())/g; r += float(c.sum())/g
-        grad[a:a + rows] = torch.fft.irfft((torch.fft.rfft(c).conj()*spectrum[None]).sum(1), n=d)
-    return grad, top, q, r
+        grad.append(torch.fft.irfft((torch.fft.rfft(c).conj()*spectrum[None]).sum(1), n=d))
+    return torch.cat(grad), top, q, r
 
 def expand(generators # (g, d) numpy
            ) -> np.ndarray: # (g d, d)
     "All cyclic shifts of the generators."
     return np.concatenate([np.roll(generators, s, axis=1) for s in range(generators.shape[1])])
 
-# %% ../../nbs/32b_orbits.ipynb #14cdfae9
+# %% ../../nbs/32b_orbits.ipynb #666b5dc6
 class OrbitHinge:
     "The hinge on generators of cyclic orbits: threshold rising until no overlap is left."
     momentum, clip = .92, .2
@@ -47,9 +50,10 @@ class OrbitHinge:
                  seed:int=0,   # of the random start
                  device="cpu", # torch device
                  scale:float=1., # factor on the step length (tests of the guard use a large one)
+                 ranks:Ranks=Ranks(), # processes that share the work; each knows all generators
                  ):
         import torch
-        self.g = -(-points//dim)
+        self.g = -(-points//dim); self.ranks = ranks
         if self.g < 4 or dim < 8: raise ConfigError("Orbits need at least 4 dim points and 8 dimensions", (points, dim), "Use symmetry='none'")
         x = torch.from_numpy(rng(seed, "orbit", self.g, dim).standard_normal((self.g, dim)).astype(np.float32)).to(device)
         self.x = x/x.norm(dim=1, keepdim=True); self.v, self.best, self.quiet = torch.zeros_like(self.x), self.x.clone(), self.x.clone()
@@ -60,7 +64,8 @@ class OrbitHinge:
         "One look-ahead step; the guard halves the step length when the overlap runs away."
         x, v, d = self.x, self.v, self.x.shape[1]
         y = x + self.momentum*v; y = y/y.norm(dim=1, keepdim=True)
-        g, top, q, r = orbit_gradient(y, self.t)
+        g, top, q, r = orbit_gradient(y, self.t, share=self.ranks.rows(self.g))
+        g, top, (q, r) = self.ranks.gather(g, self.g), self.ranks.largest(top), self.ranks.total([q, r])
         if top < self.max_cos: self.max_cos, self.best = top, y
         self.history.append(dict(step=self.k, seconds=float(seconds), cpu=float(cpu), max_cos=top, threshold=self.t, contacts=q, overlap=r, guards=self.guards))
         if self.first != self.first: self.first = r
@@ -71,8 +76,8 @@ class OrbitHinge:
             self.guards += 1; self.rises = 0; self.grace = self.k + 12; self.scale /= 2; self.x, self.v = self.quiet.clone(), v*0
             if self.guards > 12: self.done = "diverged: the best points so far are kept"
             return True
-        g = g - (g*y).sum(1, keepdim=True)*y; qq = max(q, 8.)
-        bulk, shift = 2*qq/d*(1 + math.sqrt(d/qq))**2, r + 2*qq/d
+        g = g - (g*y).sum(1, keepdim=True)*y
+        bulk, shift = contact_curvature(q, d)/1.25, r + 2*max(q, 8.)/d
         mean = g.mean().expand_as(g)                           # the direction that all shifts share
         step = self.scale*((g - mean)/bulk + mean/shift if shift > bulk else g/bulk)
         v = self.momentum*v - step; v = v - (v*x).sum(1, keepdim=True)*x; v = v*(self.clip/v.norm(dim=1, keepdim=True).clamp(min=self.clip))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PackResult', 'load_packing', 'leading_subspace', 'certify', 'closest_pair', 'nearest_rows',
-           'PublishedObjective', 'fast_bfloat16', 'hinge_gradient', 'to_caps', 'Hinge', 'json_text', 'SmoothMaximum',
-           'thin', 'start_points', 'shake', 'is_small', 'default_steps', 'pack', 'extend']
+           'PublishedObjective', 'fast_bfloat16', 'contact_curvature', 'hinge_gradient', 'to_caps', 'Hinge',
+           'json_text', 'SmoothMaximum', 'thin', 'start_points', 'shake', 'even_out', 'is_small', 'default_steps',
+           'pack', 'extend']
 
-# %% ../../nbs/32_packing.ipynb #73dd0377
-import math, time
+# %% ../../nbs/32_packing.ipynb #2cf49b87
+import contextlib, itertools, math, time
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from ..core import DataError, ConfigError, atomic_path, best_device, content_key
 from .bounds import best_bound, isostatic_cosine, random_reference
 from .codes import best_code, code_points
 from .geometry import check_vectors, nearest_neighbours, unit
+from .ranks import Ranks
 
-# %% ../../nbs/32_packing.ipynb #3c5e2bc9
+# %% ../../nbs/32_packing.ipynb #0ba61ba7
 @dataclass
 class PackResult:
     "Packed points and their certificate. Angles in degrees."
@@ -45,6 +47,7 @@ class PackResult:
     off_subspace: float = float("nan")     # mean squared length outside the gallery's leading subspace
     subspace_rank: int = 0                 # dimensions of that subspace
     anchors: np.ndarray|None = None        # (n,) rows of the gallery the points are tied to
+    nn_deg: np.ndarray|None = None # (n,) angle of every point to its nearest neighbour
     history: list = field(default_factory=list) # dicts: step, seconds, cpu, max_cos, angle_deg, ...
     settings: dict = field(default_factory=dict) # what was asked for
     @property
@@ -52,8 +55,8 @@ class PackResult:
         "Largest cosine of two points."
         return math.cos(math.radians(self.min_angle_deg))
     def as_dict(self) -> dict:
-        "Everything but the points, the anchors and the history."
-        return {k: v for k, v in self.__dict__.items() if k not in ("points", "anchors", "history")} | {"n": len(self.points), "dim": self.points.shape[1]}
+        "Everything but the points, the anchors, the neighbours and the history."
+        return {k: v for k, v in self.__dict__.items() if k not in ("points", "anchors", "nn_deg", "history")} | {"n": len(self.points), "dim": self.points.shape[1]}
     def __len__(self): return len(self.points)
     def __array__(self, dtype=None, copy=None): return self.points.astype(dtype) if dtype else self.points
     @property
@@ -62,10 +65,10 @@ class PackResult:
         "Write points, certificate and history to an `.npz`."
         import json
         from hyperface.core import _plain
-        extra = {} if self.anchors is None else {"anchors": self.anchors}
+        extra = {k: getattr(self, k) for k in ("anchors", "nn_deg") if getattr(self, k) is not None}
         return write_npz(path, points=self.points, about=np.array(json.dumps(_plain(self.as_dict() | {"history": self.history}))), **extra)
 
-# %% ../../nbs/32_packing.ipynb #b59073ea
+# %% ../../nbs/32_packing.ipynb #b59d84ec
 def load_packing(path # an `.npz` that PackResult.save wrote
                  ) -> PackResult:
     "Read a packing back; `DataError` if the file is not one."
@@ -74,7 +77,7 @@ def load_packing(path # an `.npz` that PackResult.save wrote
     if "points" not in arrays or "about" not in arrays: raise DataError(f"{path} does not hold a packing", sorted(arrays), "Expected the arrays points and about")
     about = json.loads(str(arrays["about"])); about.pop("n"); about.pop("dim")
     about["nn_quantiles_deg"] = {float(k): v for k, v in about["nn_quantiles_deg"].items()}; about["closest"] = tuple(about["closest"])
-    return PackResult(points=arrays["points"], anchors=arrays.get("anchors"), **{k: float("nan") if v is None else v for k, v in about.items()})
+    return PackResult(points=arrays["points"], anchors=arrays.get("anchors"), nn_deg=arrays.get("nn_deg"), **{k: float("nan") if v is None else v for k, v in about.items()})
 
 def _packing_html(self) -> str:
     f = lambda v, digits=3, unit="°": "–" if v != v else f"{v:.{digits}f}{unit}"
@@ -87,11 +90,35 @@ def _packing_html(self) -> str:
     if self.anchor_cosine == self.anchor_cosine: rows.append(("smallest cosine to the anchor", f(self.anchor_cosine, 4, "")))
     if self.subspace_rank: rows.append((f"energy outside the gallery's leading {self.subspace_rank} dimensions", f(100*self.off_subspace, 1, " %")))
     rows.append(("steps", f"{self.steps:,}, {self.cpu_seconds:.1f} s of processor time; {self.reason or ('converged' if self.converged else 'not converged')}"))
-    return "<table>" + "".join(f"<tr><td style='text-align:left'>{k}</td><td style='text-align:left'>{v}</td></tr>" for k, v in rows) + "</table>"
-PackResult._repr_html_ = _packing_html
+    return "<table>" + "".join(f"<tr><td style='text-align:left'>{k}</td><td style='text-align:left'>{v}</td></tr>" for k, v in rows) + "</table>" + _packing_svg(self)
+
+def _packing_svg(self, width:int=420, height:int=70) -> str:
+    "Nearest-neighbour angles as a strip, with marks for random points, code and bound."
+    marks = [(v, c, name) for v, c, name in ((self.random_deg, "#999", "random"), (self.explicit_deg, "#666", "code"), (self.bound_deg, "#000", "bound")) if v == v]
+    if self.nn_deg is None or not len(self.nn_deg) or not np.isfinite(self.nn_deg).all(): return ""
+    low, high = min([float(self.nn_deg.min()), *(m[0] for m in marks)]), max([float(self.nn_deg.max()), *(m[0] for m in marks)])
+    low, high = low - .05*(high - low) - .01, high + .05*(high - low) + .01
+    x = lambda v: (v - low)/(high - low)*width
+    counts, edges = np.histogram(self.nn_deg, np.linspace(low, high, 106)); tall = (height - 28)*np.log1p(counts)/np.log1p(counts.max())
+    bars = "".join(f"<rect x='{x(e):.1f}' y='{height - 14 - t:.1f}' width='{width/105:.1f}' height='{t:.1f}' fill='#0072B2'/>" for e, t in zip(edges, tall) if t)
+    lines = "".join(f"<line x1='{x(v):.1f}' x2='{x(v):.1f}' y1='12' y2='{height - 14}' stroke='{c}' stroke-dasharray='3 2'/><text x='{min(max(x(v), 18), width - 18):.1f}' y='{9 if name != 'code' else height - 3}' font-size='9' text-anchor='middle' fill='{c}'>{name} {v:.1f}°</text>" for v, c, name in marks)
+    return f"<svg width='{width}' height='{height}' role='img' aria-label='angles to the nearest neighbour'>{bars}{lines}<line x1='0' x2='{width}' y1='{height - 14}' y2='{height - 14}' stroke='#ccc'/></svg>"
+
+def _packing_plot(self, axes=None # two matplotlib axes; None makes them
+                  ):              # the axes
+    "How the smallest angle came about, and where all nearest neighbours lie now."
+    import matplotlib.pyplot as plt
+    a, b = plt.subplots(1, 2, figsize=(8.6, 2.9))[1] if axes is None else axes
+    if self.history: a.plot([h["step"] for h in self.history], [h["angle_deg"] for h in self.history], color="#0072B2")
+    b.hist(self.nn_deg, 60, color="#0072B2", log=True)
+    for v, style, name in ((self.random_deg, ":", "random"), (self.explicit_deg, "-.", "code"), (self.bound_deg, "--", "bound")):
+        if v == v: a.axhline(v, ls=style, color="black", lw=1, label=name); b.axvline(v, ls=style, color="black", lw=1)
+    a.set(xlabel="step", ylabel="smallest angle, degrees"); a.legend(loc="lower right"); b.set(xlabel="angle to the nearest neighbour, degrees", ylabel="points")
+    return a, b
+PackResult._repr_html_, PackResult.plot = _packing_html, _packing_plot
 PackResult.__repr__ = lambda self: f"PackResult({self.method}: {len(self.points):,} x {self.points.shape[1]}, {self.min_angle_deg:.3f} deg, bound {self.bound_deg:.3f})"
 
-# %% ../../nbs/32_packing.ipynb #086de586
+# %% ../../nbs/32_packing.ipynb #f8279ea9
 def leading_subspace(gallery,        # (m, d) unit
                      rank:int|None=None, # dimensions; None takes those that hold 95 % of the energy
                      ) -> np.ndarray: # (rank, d) orthonormal rows, strongest first
@@ -103,34 +130,48 @@ def leading_subspace(gallery,        # (m, d) unit
     if not 1 <= rank <= gallery.shape[1]: raise ConfigError("The subspace must have between 1 and d dimensions", rank, f"d = {gallery.shape[1]}")
     return vector[:, :rank].T
 
+def _nearest(points, gallery, device, ranks):
+    "Nearest neighbours of all points, each rank searching for its own rows."
+    import torch
+    if ranks.size == 1: return nearest_neighbours(points, gallery, device=device)
+    mine = ranks.rows(len(points)); row = np.arange(len(points))
+    found = nearest_neighbours(points[mine], points, groups=(row[mine], row), device=device) if gallery is None else nearest_neighbours(points[mine], gallery, device=device)
+    return tuple(ranks.gather(torch.from_numpy(a).to(ranks.device), len(points)).cpu().numpy() for a in found)
+
 def certify(points,          # (n, dim) vectors
             method:str="given", # what made them
             gallery=None,    # (m, dim) embeddings to measure the distance to
             anchors=None,    # (n,) rows of the gallery the points are tied to
             bound_dim:int|None=None, # dimension of the subspace they are confined to
+            device=None,     # torch device that searches; None is the CPU
+            ranks:Ranks=Ranks(), # processes that share the search (each holds all points)
             **rest,          # further fields of the result
             ) -> PackResult:
     "Measure a set of points: exact smallest angle, bound, code, random reference, distance to the gallery."
     points = np.ascontiguousarray(unit(points, "points"), dtype=np.float32); n, dim = points.shape
     bound_dim = bound_dim or dim; nan = float("nan")
-    near, who = nearest_neighbours(points)
+    near, who = _nearest(points, None, device, ranks)
     first = int(np.nanargmin(near)) if n > 1 else -1
     bound, code = (best_bound(n, bound_dim) if n > 1 else None), best_code(n, bound_dim)
     found = dict(min_angle_deg=float(np.degrees(near[first])) if n > 1 else nan, closest=(first, int(who[first])) if n > 1 else (),
-                 nn_quantiles_deg={q: float(np.degrees(np.quantile(near, q))) if n > 1 else nan for q in (.01, .5, .99)},
+                 nn_deg=np.degrees(near).astype(np.float32), nn_quantiles_deg={q: float(np.degrees(np.quantile(near, q))) if n > 1 else nan for q in (.01, .5, .99)},
                  bound_deg=bound.angle_deg if bound else nan, bound_name=bound.name if bound else "one point", bound_dim=bound_dim,
                  explicit_deg=code.angle_deg if code and n > 1 else nan, explicit_name=code.name if code else "", duplicates=int((near < math.acos(.99)).sum()),
                  random_deg=random_reference(n, bound_dim).min_median_deg if n > 1 and bound_dim > 1 else nan)
     if gallery is not None:
         basis = leading_subspace(gallery); inside = ((points @ basis.T.astype(np.float32))**2).sum(1)
-        found |= dict(gallery_distance=float(np.mean(1 - np.cos(nearest_neighbours(points, gallery)[0]))), subspace_rank=len(basis), off_subspace=float(np.mean(np.clip(1 - inside, 0, 1))))
+        found |= dict(gallery_distance=float(np.mean(1 - np.cos(_nearest(points, gallery, device, ranks)[0]))), subspace_rank=len(basis), off_subspace=float(np.mean(np.clip(1 - inside, 0, 1))))
     if anchors is not None: found |= dict(anchors=anchors, anchor_cosine=float(np.einsum("nd,nd->n", points, gallery[anchors], dtype=np.float64).min()))
     return PackResult(points=points, method=method, **(found | rest))
 
-# %% ../../nbs/32_packing.ipynb #7ec2377f
+# %% ../../nbs/32_packing.ipynb #6f1f0423
 def _save_state(path, key:str, optimiser, spent) -> None:
-    "Write an optimiser's state and the time spent."
-    with atomic_path(path) as temporary, open(temporary, "wb") as f: np.savez(f, key=np.array(key), spent=np.array(spent, np.float64), **optimiser.state())
+    "Write an optimiser's state and the time spent (all ranks give, the first one writes)."
+    state = optimiser.state()
+    if _ranks_of(optimiser).rank: return
+    with atomic_path(path) as temporary, open(temporary, "wb") as f: np.savez(f, key=np.array(key), spent=np.array(spent, np.float64), **state)
+
+def _ranks_of(optimiser) -> Ranks: return getattr(optimiser, "ranks", Ranks())
 
 def _drive(optimiser,          # has step() -> dict, state(), load(state), done, k, max_cos
            max_steps:int,      # most steps, counted from the beginning
@@ -140,6 +181,7 @@ def _drive(optimiser,          # has step() -> dict, state(), load(state), done,
            checkpoint_every:float=60., # seconds between two writes
            key:str="",         # settings the state belongs to
            desc:str="packing", # on the progress bar
+           goal:str="",        # on the progress bar, after the angle: bound and code
            ) -> dict:          # steps, seconds, cpu_seconds, converged, reason
     "Run an optimiser to its end or to a limit, with checkpoints and exact resume."
     before = np.zeros(2)
@@ -147,19 +189,20 @@ def _drive(optimiser,          # has step() -> dict, state(), load(state), done,
         state = read_npz(checkpoint)
         if str(state.get("key", "")) != key: raise ConfigError(f"{checkpoint} belongs to a run with other settings or other data", None, "Delete it or choose another checkpoint file")
         before = state.pop("spent"); state.pop("key"); optimiser.load(state)
-    wall, cpu, saved, reason = time.monotonic(), time.process_time(), time.monotonic(), ""
-    spent = lambda: before + [time.monotonic() - wall, time.process_time() - cpu]
-    with progress(None, desc, max_steps, "step") as bar:
-        bar.update(optimiser.k)
+    ranks, wall, cpu, saved, reason = _ranks_of(optimiser), time.monotonic(), time.process_time(), 0., ""
+    spent = lambda: before + ranks.agreed([time.monotonic() - wall, time.process_time() - cpu])
+    with progress(None, desc, max_steps, "step") if not ranks.rank else contextlib.nullcontext() as bar:
+        if bar is not None: bar.update(optimiser.k)
         while not reason:
+            now = spent()
             if optimiser.done: reason = optimiser.done; break
             if target is not None and optimiser.max_cos <= math.cos(math.radians(target)): reason = "target angle reached"; break
             if optimiser.k >= max_steps: reason = "all steps made"; break
-            if max_seconds is not None and spent()[0] >= max_seconds: reason = "time is up"; break
-            if max_seconds is not None and hasattr(optimiser, "pace"): optimiser.pace(spent()[0], max_seconds)
-            record = optimiser.step(*spent())
-            bar.update(1); bar.set_postfix_str(f"{math.degrees(math.acos(min(max(optimiser.max_cos, -1), 1))):.2f} deg")
-            if record and checkpoint is not None and time.monotonic() - saved > checkpoint_every: _save_state(checkpoint, key, optimiser, spent()); saved = time.monotonic()
+            if max_seconds is not None and now[0] >= max_seconds: reason = "time is up"; break
+            if max_seconds is not None and hasattr(optimiser, "pace"): optimiser.pace(now[0], max_seconds)
+            record = optimiser.step(*now)
+            if bar is not None: bar.update(1); bar.set_postfix_str(f"{math.degrees(math.acos(min(max(optimiser.max_cos, -1), 1))):.2f}°{goal}")
+            if record and checkpoint is not None and now[0] - before[0] - saved > checkpoint_every: _save_state(checkpoint, key, optimiser, spent()); saved = now[0] - before[0]
     seconds, cpu_seconds = spent()
     if checkpoint is not None: _save_state(checkpoint, key, optimiser, (seconds, cpu_seconds))
     return dict(steps=optimiser.k, seconds=float(seconds), cpu_seconds=float(cpu_seconds), converged=bool(optimiser.done) or reason == "target angle reached", reason=reason)
@@ -238,48 +281,62 @@ class PublishedObjective:
         self.k, self.max_cos = int(state["k"]), float(state["max_cos"])
         self.history = [dict(zip(("step", "seconds", "cpu", "loss", "max_cos"), row)) | {"step": int(row[0])} for row in state["history"].tolist()]
 
-# %% ../../nbs/32_packing.ipynb #d01b3bcd
+# %% ../../nbs/32_packing.ipynb #64b8a776
 def fast_bfloat16(device) -> bool:
     "Whether bfloat16 products are worth it: CUDA, or a processor with AMX tiles."
     import torch
     if device.type == "cuda": return torch.cuda.is_bf16_supported()
     return device.type == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
+def contact_curvature(q:float, # contacts per point
+                      d:int,   # dimension
+                      ) -> float:
+    "Largest curvature of the hinge energy when contacts point at random (Marchenko-Pastur edge)."
+    q = max(q, 8.)
+    return q/d*(1 + math.sqrt(2*d/q))**2
+
+def _columns(x, t:float, left:bool, kind):
+    "Rows with 16 columns more, in which the threshold rides along: left times right is cosine - t. (n, d + 16)"
+    import torch
+    z = torch.zeros(len(x), x.shape[1] + 16, dtype=kind, device=x.device); z[:, :-16] = x
+    high = float(torch.tensor(t, dtype=kind)); z[:, -16] = 1 if left else -high
+    z[:, -15] = 1 if left else -(t - high)
+    return z
+
 def hinge_gradient(y,              # (n, d) unit float32 torch
                    t:float,        # threshold on the cosine
                    fixed=None,     # (f, d) points that push but do not move
                    low:bool=False, # bfloat16 products
                    block:int=1024, # rows per block: memory is block^2 numbers
+                   others=(),      # more such sets, taken one after the other (the rows of other ranks)
                    ):              # gradient (n, d) float32, largest cosine, contacts per row, mean row sum
     "Gradient of the hinge energy over all pairs, with what the step length needs."
     import torch
-    n, d = y.shape; kind = torch.bfloat16 if low else torch.float32; dev = y.device
-    def columns(x, left):                                      # (n, d + 16): the threshold rides along as extra columns
-        z = torch.zeros(len(x), d + 16, dtype=kind, device=dev); z[:, :d] = x
-        high = float(torch.tensor(t, dtype=kind)); z[:, d] = 1 if left else -high
-        z[:, d + 1] = 1 if left else -(t - high)
-        return z
-    left, right, plain = columns(y, True), columns(y, False), y.to(kind)
-    others = [] if fixed is None else [(columns(fixed, False), fixed.to(kind))]
-    grad, room = torch.zeros_like(y), torch.empty(block*block, dtype=kind, device=dev)
+    n, kind = len(y), torch.bfloat16 if low else torch.float32
+    left, right, plain = _columns(y, t, True, kind), _columns(y, t, False, kind), y.to(kind)
+    grad, room = torch.zeros_like(y), torch.empty(block*block, dtype=kind, device=y.device)
     top, q, r, every = [], 0., 0., 8 if n >= 4096 else 1
+    def meet(a, theirs, push, same):
+        nonlocal q, r
+        mine = left[a:a + block]; s = torch.mm(mine, theirs.T, out=room[:len(mine)*len(push)].view(len(mine), len(push)))
+        if same: s.fill_diagonal_(-4)
+        top.append(s.amax()); s.relu_()
+        if a == 0: part = s[::every]; q += float((part > 0).sum())/len(part); r += float(part.float().sum())/len(part)
+        if low: grad[a:a + block] += (s @ push).float()
+        else: grad[a:a + block].addmm_(s, push)
+        return s
     for a in range(0, n, block):
-        mine = plain[a:a + block]
-        for b in [*range(a, n, block), *(-1 - c for c in range(0, 0 if fixed is None else len(fixed), block))]:
-            theirs, push = (right[b:b + block], plain[b:b + block]) if b >= 0 else (others[0][0][-1 - b:-1 - b + block], others[0][1][-1 - b:-1 - b + block])
-            s = torch.mm(left[a:a + block], theirs.T, out=room[:len(mine)*len(push)].view(len(mine), len(push)))
-            if a == b: s.fill_diagonal_(-4)
-            top.append(s.amax()); s.relu_()
-            if a == 0: q += float((s[::every] > 0).sum())/len(s[::every]); r += float(s[::every].float().sum())/len(s[::every])
-            if low:
-                grad[a:a + block] += (s @ push).float()
-                if b > a: grad[b:b + block] += (s.T @ mine).float()
-            else:
-                grad[a:a + block].addmm_(s, push)
-                if b > a: grad[b:b + block].addmm_(s.T, mine)
+        for b in range(a, n, block):
+            s = meet(a, right[b:b + block], plain[b:b + block], a == b)
+            if b > a and low: grad[b:b + block] += (s.T @ plain[a:a + block]).float()
+            elif b > a: grad[b:b + block].addmm_(s.T.contiguous(), plain[a:a + block]) # turned first: MKL is a third slower on a turned view
+    for z in itertools.chain(() if fixed is None else (fixed,), others):
+        for b in range(0, len(z), block):
+            theirs, push = _columns(z[b:b + block], t, False, kind), z[b:b + block].to(kind)
+            for a in range(0, n, block): meet(a, theirs, push, False)
     return grad, float(torch.stack(top).max()) + t, q, r
 
-# %% ../../nbs/32_packing.ipynb #0536ff36
+# %% ../../nbs/32_packing.ipynb #227bff93
 def to_caps(x, anchors, cosines):
     "Rows outside the cap of cosine c round their anchor, moved to its rim; c one number a row (n, 1)."
     import torch
@@ -290,9 +347,9 @@ def to_caps(x, anchors, cosines):
 
 class Hinge:
     "All contacts at once, threshold tightening step by step; points free, tied to anchors, or pushed by fixed ones."
-    momentum, clip = .92, .2
+    clip = .2
     def __init__(self,
-                 x,            # (n, d) unit float32 torch, the start
+                 x,            # (n, d) unit float32 torch, the start: this rank's rows
                  budget:int,   # steps over which the threshold tightens
                  anchors=None, # (n, d) unit torch: stay within caps round these
                  cosines=None, # (n, 1) smallest cosine to the anchor
@@ -301,11 +358,14 @@ class Hinge:
                  block:int=1024, # rows per block
                  seed:int=0,   # which rows are sampled for the threshold
                  scale:float=1., # factor on the step length (tests of the guard use a large one)
+                 ranks:Ranks=Ranks(), # processes that share the points
+                 rows:int|None=None, # moving points on all ranks
                  ):
         import torch
+        self.ranks, self.rows = ranks, rows or len(x)
         self.x, self.v, self.budget, self.anchors, self.cosines, self.fixed = x.clone(), torch.zeros_like(x), max(int(budget), 1), anchors, cosines, fixed
         self.low, self.block, self.seed, self.scale = low, block, seed, scale
-        n, d = len(x) + (0 if fixed is None else len(fixed)), x.shape[1]
+        n, d = self.rows + (0 if fixed is None else len(fixed)), x.shape[1]
         self.free = anchors is None and fixed is None and n >= 4*d and d >= 16
         self.t = isostatic_cosine(n, d) - .27/math.sqrt(d) if self.free else float("nan")
         self.n, self.k, self.done, self.max_cos, self.best, self.quiet, self.history = n, 0, "", 2., x.clone(), x.clone(), []
@@ -313,19 +373,26 @@ class Hinge:
     def pace(self, seconds:float, most:float):
         "Fit the number of steps to the time allowed, from the time they took so far."
         if self.k >= 3 and not self.frozen and self.k % 5 == 3: self.budget = max(self.k + 2, int(.9*self.k*most/max(seconds, 1e-3)))
+    @property
+    def momentum(self) -> float:
+        "The more the longer the run."
+        return min(max(1 - 5/self.budget, .8), .92)
     def threshold(self):
         "Threshold for general cases: so high that a falling number of contacts remains."
         import torch
-        n, d = self.n, self.x.shape[1]
-        rows = torch.from_numpy(rng(self.seed, "threshold", self.k).choice(len(self.x), min(96, len(self.x)), replace=False)).to(self.x.device)
-        cos = self.x[rows] @ self.x.T; cos[torch.arange(len(rows)), rows] = -2.
-        if self.fixed is not None: cos = torch.cat([cos, self.x[rows] @ self.fixed.T], 1)
+        n, d, mine = self.n, self.x.shape[1], self.ranks.rows(self.rows)
+        rows = torch.from_numpy(rng(self.seed, "threshold", self.k).choice(self.rows, min(96, self.rows), replace=False)).to(self.x.device)
+        ours = torch.nonzero((rows >= mine.start) & (rows < mine.stop))[:, 0]; sample = torch.zeros(len(rows), d, device=self.x.device)
+        sample[ours] = self.x[rows[ours] - mine.start]; sample = self.ranks.total(sample)
+        cos = sample @ self.x.T; cos[ours, rows[ours] - mine.start] = -2.
+        cos = self.ranks.gather(cos.T.contiguous(), self.rows).T if self.ranks.size > 1 else cos
+        if self.fixed is not None: cos = torch.cat([cos, sample @ self.fixed.T], 1)
         start, end = min(3.2*d, .45*n), min(.7*d, .7*n)
         q = max(1., start + (end - start)*min(self.k/self.budget, 1))
         level = torch.kthvalue(cos.flatten().float(), max(1, int(cos.numel() - q*len(rows)))).values
         self.t = float(level) if self.t != self.t else .5*self.t + .5*float(level)
 
-# %% ../../nbs/32_packing.ipynb #ac40c020
+# %% ../../nbs/32_packing.ipynb #ca539f7f
 def _hinge_step(self, seconds=0., cpu=0.):
     "One look-ahead step, with the guard; returns whether a checkpoint may follow."
     x, v, mu = self.x, self.v, self.momentum
@@ -333,7 +400,9 @@ def _hinge_step(self, seconds=0., cpu=0.):
     sphere = lambda z: project(z/z.norm(dim=1, keepdim=True))
     if not self.free and self.k < self.budget: self.threshold()
     y = sphere(x + mu*v)
-    g, top, q, r = hinge_gradient(y, self.t, self.fixed, self.low and not self.finish, self.block)
+    low, ranks = not self.finish, self.ranks                    # the last steps are exact in the products, the last fifth in what travels
+    g, top, q, r = hinge_gradient(y, self.t, self.fixed, self.low and low, self.block, ranks.others(y, self.rows, low and self.k < .8*self.budget))
+    top = ranks.largest(top); q, r = (v/ranks.size for v in ranks.total([q, r])); finite = not ranks.largest(float(not bool(g.isfinite().all())))
     if top < self.max_cos: self.max_cos, self.best = top, y
     self.history.append(dict(step=self.k, seconds=float(seconds), cpu=float(cpu), max_cos=top, threshold=self.t, contacts=q, overlap=r, guards=self.guards))
     unrest, allowed = (r, 1.5*self.calm + .05) if self.free else (top, self.calm + .25*abs(self.calm) + .03) # a threshold that may fall makes r grow
@@ -341,15 +410,14 @@ def _hinge_step(self, seconds=0., cpu=0.):
     stuck = self.free and self.k > self.grace and r > .8*self.first
     self.rises = self.rises + 1 if unrest > allowed or stuck else 0; self.k += 1
     if unrest < self.calm: self.calm, self.quiet = unrest, y
-    if not (math.isfinite(top) and math.isfinite(q) and bool(g.isfinite().all())) or self.rises >= 3:
+    if not (math.isfinite(top) and math.isfinite(q) and finite) or self.rises >= 3:
         self.guards += 1; self.rises = 0; self.grace = self.k + 12; self.scale /= 2
         self.x, self.v = self.quiet.clone(), self.v*0
         if self.guards > 12: self.done = "diverged: the best points so far are kept"
         return True
     g = g - (g*y).sum(1, keepdim=True)*y
-    d, qq = x.shape[1], max(q, 8.)
-    bulk, shift = 2*qq/d*(1 + math.sqrt(d/qq))**2, r + 2*qq/d
-    mean = g.mean(0, keepdim=True)
+    d = x.shape[1]; bulk, shift = contact_curvature(q, d)/1.25, r + 2*max(q, 8.)/d # a fifth beyond 1/L: Nesterov's look-ahead allows up to a third
+    mean = ranks.total(g.sum(0, keepdim=True))/self.rows
     step = self.scale*((g - mean)/bulk + mean/shift if shift > bulk and self.anchors is None else g/max(bulk, shift if self.anchors is not None else bulk))
     v = mu*v - step; v = v - (v*x).sum(1, keepdim=True)*x
     v = v*(self.clip/v.norm(dim=1, keepdim=True).clamp(min=self.clip))
@@ -357,27 +425,27 @@ def _hinge_step(self, seconds=0., cpu=0.):
     _hinge_threshold(self, top, q)
     return True
 
-# %% ../../nbs/32_packing.ipynb #36cfe5f7
+# %% ../../nbs/32_packing.ipynb #7353487b
 def _hinge_threshold(self, top:float, q:float):
     "Move the threshold, and see whether the end is reached."
     d = self.x.shape[1]
     if self.free:
         if top <= self.t + 1e-4 or (self.k > self.budget and q < .025*d): self.finish += 1
         else: self.t += .28/(math.sqrt(d)*self.budget)*min(max(q/(.2*d), .05), 1)
-        if self.finish > (5 if self.low else 0): self.done = "no overlap left at the threshold"
+        if self.finish > (5 if self.low or self.ranks.size > 1 else 0): self.done = "no overlap left at the threshold"
     elif self.k >= self.budget:
         self.frozen += 1; self.t += .02*(top - self.t)
         if top <= self.t + 1e-6: self.done = "no overlap left at the threshold"
         elif self.frozen > max(20, self.budget//3): self.finish += 1; self.done = "threshold settled" if self.finish > 5 else ""
 
 def _hinge_state(self):
-    return dict(x=self.x.cpu().numpy(), v=self.v.cpu().numpy(), best=self.best.cpu().numpy(), quiet=self.quiet.cpu().numpy(), history=np.array(json_text(self.history)),
+    return dict(**{name: self.ranks.gather(getattr(self, name), self.rows).cpu().numpy() for name in ("x", "v", "best", "quiet")}, history=np.array(json_text(self.history)),
                 numbers=np.array([self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.frozen, self.finish, self.budget, self.first, self.grace], np.float64))
 
 def _hinge_load(self, state):
     import json
     import torch
-    for name in ("x", "v", "best", "quiet"): setattr(self, name, torch.from_numpy(state[name]).to(self.x.device))
+    for name in ("x", "v", "best", "quiet"): setattr(self, name, torch.from_numpy(state[name][self.ranks.rows(self.rows)]).to(self.x.device))
     self.k, self.t, self.max_cos, self.scale, self.guards, self.rises, self.calm, self.frozen, self.finish, self.budget, self.first, self.grace = state["numbers"].tolist()
     for name in ("k", "guards", "rises", "frozen", "finish", "budget", "grace"): setattr(self, name, int(getattr(self, name)))
     self.history = json.loads(str(state["history"]))
@@ -387,7 +455,7 @@ def json_text(x) -> str:
     import json
     return json.dumps(x)
 
-Hinge.step, Hinge.state, Hinge.load, Hinge.points = _hinge_step, _hinge_state, _hinge_load, lambda self: self.best
+Hinge.step, Hinge.state, Hinge.load, Hinge.points = _hinge_step, _hinge_state, _hinge_load, lambda self: self.ranks.gather(self.best, self.rows)
 
 # %% ../../nbs/32_packing.ipynb #04499ff5
 class SmoothMaximum:
@@ -501,6 +569,17 @@ def shake(x, seed:int, nearer_deg:float=1., by:float=.5) -> np.ndarray: # (n, d)
     if len(close): x = x.copy(); x[close] = unit(x[close] + by*unit(rng(seed, "shake").standard_normal((len(close), x.shape[1])))).astype(np.float32)
     return x
 
+# %% ../../nbs/32_packing.ipynb #98b8e2eb
+def even_out(x,                # (n, d) unit float32
+             above:float=2.,   # leave the set alone if no direction holds more than this many times its share
+             ) -> np.ndarray:  # (n, d) unit float32
+    "The set with the same energy in every direction."
+    moment = sum(x[a:a + 8192].astype(np.float64).T @ x[a:a + 8192].astype(np.float64) for a in range(0, len(x), 8192))
+    value, vector = np.linalg.eigh(moment); mean = value.mean()
+    if value[-1] <= above*mean: return x
+    turn = (vector/np.sqrt(np.maximum(value, 1e-3*mean))) @ vector.T
+    return unit(np.float32(x @ np.float32(turn*mean**.5)), "the start")
+
 # %% ../../nbs/32_packing.ipynb #4746656c
 def _closed_form(n:int, dim:int, seed:int):
     "Points for the cases whose optimum is known by heart: one point, a line, a circle."
@@ -529,22 +608,25 @@ def _match(x, gallery, usable) -> np.ndarray:
         j = np.where(free, cos[i], -2).argmax(); rows[i] = usable[j]; free[j] = False
     return rows
 
-# %% ../../nbs/32_packing.ipynb #f0e48640
-def _prepare(n, dim, method, gallery, min_anchor_cosine, init, max_steps, seed, device, symmetry, subspace, alpha, lr, batch, low, block, scale):
+# %% ../../nbs/32_packing.ipynb #565a9b85
+def _prepare(n, dim, method, gallery, min_anchor_cosine, init, max_steps, seed, device, symmetry, subspace, alpha, lr, batch, low, block, scale, ranks):
     "The optimiser that the arguments ask for, with the basis it works in and the anchors; or points known in closed form."
     import torch
     basis = None if subspace is None else leading_subspace(gallery, subspace)
     inner = dim if basis is None else len(basis)
     plain = method == "hinge" and init is None and min_anchor_cosine is None and (gallery is None or basis is not None)
+    if n == 1 and gallery is not None and basis is None:
+        rows = None if min_anchor_cosine is None else thin(gallery, 1)
+        return (start_points(1, dim, init, gallery, seed) if rows is None else gallery[rows], "one point"), None, rows
     if n == 1 or dim == 1 or (plain and inner == 2):
-        if gallery is None or (basis is not None and plain): return _closed_form(n, inner, seed), basis, None
+        if gallery is None or (dim == 1 and min_anchor_cosine is None) or (basis is not None and plain): return _closed_form(n, inner, seed), basis, None
     t = lambda a: torch.from_numpy(np.ascontiguousarray(a, np.float32)).to(device)
     if method == "hyperface":
         return PublishedObjective(t(shake(start_points(n, dim, init, gallery, seed), seed, 1e-3, .01)), None if gallery is None else t(gallery), alpha, lr, batch, seed), None, None
     if plain and symmetry == "auto" and not is_small(n, inner, method, min_anchor_cosine, symmetry): symmetry = "cyclic" if n >= 4*inner else "none"
     if plain and symmetry == "cyclic":
         from hyperface.sphere.orbits import OrbitHinge
-        return OrbitHinge(n, inner, .9*max_steps, seed, device, scale), basis, None
+        return OrbitHinge(n, inner, .9*max_steps, seed, device, scale, ranks), basis, None
     if symmetry == "cyclic": raise ConfigError("symmetry='cyclic' chooses all points itself", None, "Leave out init, gallery and min_anchor_cosine, or use symmetry='none'")
     if is_small(n, inner, method, min_anchor_cosine, symmetry):
         x = start_points(n, inner, None, None, seed) if plain else shake(start_points(n, dim, init, gallery, seed), seed)
@@ -561,9 +643,11 @@ def _prepare(n, dim, method, gallery, min_anchor_cosine, init, max_steps, seed, 
     else: x = start_points(n, dim, init, gallery, seed)
     if basis is not None and x.shape[1] != inner: x = unit(x @ basis.T.astype(np.float32), "the start within the subspace")
     if init is not None and not (isinstance(init, str) and init == "random") or gallery is not None: x = shake(np.float32(x), seed)
+    if anchors is None and n >= 4*inner: x = even_out(x) if max_steps else x
     x = t(x); x = to_caps(x, anchors, limits) if anchors is not None else x
     budget = max(1, (max_steps - 8)/1.4 if anchors is not None or n < 4*inner else max_steps/1.25)
-    return Hinge(x, budget, anchors, limits, None, low, block, seed, scale), basis, rows
+    part = lambda a: None if a is None else a[ranks.rows(n)]
+    return Hinge(part(x), budget, part(anchors), part(limits), None, low, block, seed, scale, ranks, n), basis, rows
 
 def is_small(n:int, inner:int, method:str, min_anchor_cosine, symmetry:str) -> bool:
     "Whether smooth maxima are used: few points, tied to nothing, wherever they start. The hinge's model of contacts needs many dimensions."
@@ -572,10 +656,10 @@ def is_small(n:int, inner:int, method:str, min_anchor_cosine, symmetry:str) -> b
 def default_steps(n:int, dim:int, method:str, cyclic:bool, tied:bool, batch, small:bool) -> int:
     "Steps where none are given: about a minute for 10,000 free points, seconds for orbits."
     if method == "hyperface": return 200 if batch is None else 2000
-    if small: return 16*max(1, min(8, 10_000//(n*dim)))
+    if small: return 16*max(1, min(8, 10_000//(n*dim)), min(32, 3000//(n*dim)))
     return int(np.clip(60_000*dim/n, 150, 4000)) if cyclic else 150
 
-# %% ../../nbs/32_packing.ipynb #50b79f36
+# %% ../../nbs/32_packing.ipynb #75b8630a
 def pack(n:int,               # identities
          dim:int=512,         # dimension of the embedding space
          *,
@@ -620,11 +704,13 @@ def pack(n:int,               # identities
     settings = dict(n=n, dim=dim, method=method, min_anchor_cosine=c, alpha=alpha, seed=seed, symmetry=symmetry, subspace=subspace, batch=batch, lr=lr, step_scale=scale, max_steps=max_steps)
     import psutil
     if (need := 6*4*n*inner) > psutil.virtual_memory().available: raise ConfigError(f"{n:,} points in {inner} dimensions need about {need/2**30:,.0f} GiB", n, f"{psutil.virtual_memory().available/2**30:,.0f} GiB are free")
+    ranks = Ranks.here(device)
+    if n < ranks.size: raise ConfigError("There must be a point for every rank", n, f"{ranks.size} ranks")
     if method == "code": return certify(code_points(n, dim, seed), "code", gallery, converged=True, reason="explicit construction", settings=settings)
-    return _run(settings, gallery, init, seconds, target, device, low_precision, block, checkpoint, checkpoint_every)
+    return _run(settings, gallery, init, seconds, target, device, low_precision, block, checkpoint, checkpoint_every, ranks)
 
-# %% ../../nbs/32_packing.ipynb #acbe6fa9
-def _run(s, gallery, init, seconds, target, device, low, block, checkpoint, every) -> PackResult:
+# %% ../../nbs/32_packing.ipynb #43ac8985
+def _run(s, gallery, init, seconds, target, device, low, block, checkpoint, every, ranks) -> PackResult:
     "Prepare, drive, certify."
     n, dim, method = s["n"], s["dim"], s["method"]; inner = s["subspace"] or dim
     plain = method == "hinge" and init is None and s["min_anchor_cosine"] is None and (gallery is None or s["subspace"])
@@ -635,17 +721,24 @@ def _run(s, gallery, init, seconds, target, device, low, block, checkpoint, ever
     low = fast_bfloat16(device) if low is None else bool(low)
     block = block or (8192 if device.type == "cuda" else 1024)
     planned = steps if seconds is None else min(steps, 4000 if cyclic else 150)
-    optimiser, basis, rows = _prepare(n, dim, method, gallery, s["min_anchor_cosine"], init, planned, s["seed"], device, s["symmetry"], s["subspace"], s["alpha"], s["lr"], s["batch"], low, block, s["step_scale"])
+    optimiser, basis, rows = _prepare(n, dim, method, gallery, s["min_anchor_cosine"], init, planned, s["seed"], device, s["symmetry"], s["subspace"], s["alpha"], s["lr"], s["batch"], low, block, s["step_scale"], ranks)
     if isinstance(optimiser, tuple): points, info, history = optimiser[0], dict(converged=True, reason=optimiser[1]), []
     else:
         key = content_key(s, low, block, "" if gallery is None else gallery, init if init is None or isinstance(init, str) else np.asarray(init))
-        info = _drive(optimiser, steps, seconds, target, checkpoint, every, key, f"packing {n:,}")
+        if len(set(ranks._everyone(int(key[:12], 16)) if ranks.size > 1 else ())) > 1: raise ConfigError("The ranks were given different arguments", key, "Give every rank the same call")
+        info = _drive(optimiser, steps, seconds, target, checkpoint, every, key, f"packing {n:,}", _goal(n, inner))
         points, history = optimiser.points(), optimiser.history
         points = points.detach().cpu().numpy() if hasattr(points, "detach") else points
         if cyclic: points = _some_rotated(points, n, s["seed"])
     if basis is not None: points = points @ basis
     for h in history: h["angle_deg"] = math.degrees(math.acos(min(max(h["max_cos"], -1), 1)))
-    return certify(points, method, gallery, rows, inner, history=history, settings=s, **info)
+    return certify(points, method, gallery, rows, inner, device, ranks, history=history, settings=s, **info)
+
+def _goal(n:int, dim:int) -> str:
+    "What the progress bar shows beside the angle: the bound, and the best explicit code."
+    if n < 2: return ""
+    code = best_code(n, dim)
+    return f" of {best_bound(n, dim).angle_deg:.2f}°" + (f", code {code.angle_deg:.2f}°" if code else "")
 
 # %% ../../nbs/32_packing.ipynb #95a8ea43
 def _some_rotated(points, n:int, seed:int):
