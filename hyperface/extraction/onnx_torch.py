@@ -362,7 +362,7 @@ class LinearNetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(embedder.mean)); self.register_buffer("matrix", torch.tensor(embedder.matrix))
     def forward(self, x): return (F.adaptive_avg_pool2d(x, self.grid).flatten(1) - self.mean) @ self.matrix
 
-# %% ../../nbs/21a_onnx_torch.ipynb #dcaf6502
+# %% ../../nbs/21a_onnx_torch.ipynb #ce22e81f
 class TorchEmbedder(Embedder):
     "An embedder in torch; `.network` maps image tensors to unit vectors and carries gradients."
     def __init__(self, network,      # a UnitNetwork, or any module (N, 3, 112, 112) -> (N, dim)
@@ -393,7 +393,7 @@ def torch_embedder(name,             # "linear", ONNX file or name, insightface 
                    ) -> TorchEmbedder:
     "Any embedder as a differentiable one."
     if isinstance(name, TorchEmbedder): return name
-    if isinstance(name, nn.Module): return TorchEmbedder(name if isinstance(name, UnitNetwork) else UnitNetwork(name, flip=flip), type(name).__name__, device)
+    if isinstance(name, nn.Module): return TorchEmbedder(name if isinstance(name, UnitNetwork) else UnitNetwork(name, getattr(name, "image_size", 112), flip), getattr(name, "name", type(name).__name__), device)
     if isinstance(name, LinearEmbedder) or str(name) == "linear":
         linear = name if isinstance(name, LinearEmbedder) else linear_embedder()
         return TorchEmbedder(UnitNetwork(LinearNetwork(linear), flip=flip or linear.flip), "linear-torch", device)
