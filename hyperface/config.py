@@ -57,7 +57,7 @@ def from_yaml(kind, path:str|Path):
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path} is not plain YAML: {e}") from e
     return from_dict(kind, values or {}, "")
 
-# %% ../nbs/01_config.ipynb #63dcbee9
+# %% ../nbs/01_config.ipynb #1363bd0a
 @dataclass(frozen=True)
 class Profile:
     "How much of everything a run does."
@@ -82,7 +82,7 @@ class Profile:
     test_identities: int = 60            # people of each test set, none of them trained on
     test_per_identity: int = 15          # images of each
     test_pairs: int = 5_000              # genuine pairs of a test set, and as many impostor pairs
-    stability_steps: int = 40            # steps of each short run over margins and scales
+    stability_steps: int = 60            # steps of each short run over margins and scales
 
 PROFILES = {p.name: p for p in (
     Profile("smoke", rendered_identities=24, rendered_per_identity=4, linear_identities=60, linear_per_identity=4, sphere_identities=600, sphere_samples=3,

@@ -223,6 +223,42 @@ def test_images_without_identity_are_left_out():
     assert "24 images without identity left out" in told and result.n_images == 72
 
 
+def attributed() -> Records:
+    "Patches with every attribute, half of all labels missing."
+    g = np.random.default_rng(1)
+    some = lambda values: np.where(g.random(96) < .5, values, None)
+    number_or_nan = lambda values: np.where(g.random(96) < .5, values, np.nan).astype(np.float32)
+    return patches(age=number_or_nan(g.integers(18, 70, 96)), yaw=number_or_nan(g.normal(0, 20, 96)), pitch=number_or_nan(g.normal(0, 5, 96)), roll=number_or_nan(g.normal(0, 5, 96)),
+                   gender=some(g.choice(["female", "male"], 96)), ethnicity=some(g.choice(["white", "black", "asian", "indian"], 96)), expression=some(g.choice(["neutral", "happy"], 96)))
+
+
+@pytest.mark.parametrize("changes", [dict(tasks=("pose", "age", "expression", "gender", "ethnicity")), dict(tasks=("age", "gender"), weighting="learnt"), dict(attention="demographic")], ids=["five tasks", "learnt weights", "attention"])
+def test_half_of_all_attribute_labels_missing(tmp_path, changes):
+    config = replace(TINY, **changes)
+    result = RecognitionTrainer(config, attributed(), folder=tmp_path).fit()
+    assert all(math.isfinite(line["loss"]) for line in result.history) and result.history[-1]["loss"] < result.history[0]["loss"]
+    names = {f"{t}_loss" for t in changes.get("tasks", ())} | ({"group_loss"} if "attention" in changes else set())
+    assert names <= set().union(*map(set, result.history))
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(load_run(tmp_path).backbone(x), result.backbone(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_task_without_any_label_is_refused():
+    with pytest.raises(DataError, match="no label for gender"):
+        RecognitionTrainer(replace(TINY, tasks=("gender",)), patches())
+
+
+def test_a_mirrored_image_has_a_mirrored_pose():
+    config = replace(TINY, tasks=("pose",), augment=replace(NO_AUGMENT, flip=.5))
+    trainer = RecognitionTrainer(config, patches(yaw=np.full(96, 20.), pitch=np.full(96, 3.), roll=np.full(96, -4.)))
+    images, _, targets, rows = trainer.batch(0)
+    plain = torch.from_numpy(trainer.store[rows]).permute(0, 3, 1, 2) / 127.5 - 1
+    mirrored = torch.tensor([torch.allclose(a, b.flip(-1), atol=1e-5) for a, b in zip(images, plain)])
+    assert 0 < mirrored.sum() < len(rows) and torch.equal(targets["pose"][:, 0] < 0, mirrored)
+    assert torch.equal(targets["pose"][mirrored][0], torch.tensor([-20., 3., 4.]))
+
+
 # --- disk -------------------------------------------------------------------------------------------------------------
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path):
@@ -283,6 +319,19 @@ def test_it_learns_and_verifies():
     train, other = records.select(np.arange(96)), records.select(np.arange(96, 144))
     result = RecognitionTrainer(replace(TINY, epochs=6, validate_every=3.), train, draw_pairs(other, 100, 100, folds=1)).fit()
     assert list(result.validation()["step"]) == [17, 35] and result.summary()["val_eer"] < .2 and result.finished
+
+
+def test_a_training_is_kept_by_its_content(tmp_path, monkeypatch):
+    import hyperface.recognition.train as module
+    monkeypatch.setenv("HYPERFACE_RUNS", str(tmp_path))
+    first = module.cached_training(TINY, patches())
+    monkeypatch.setattr(module.RecognitionTrainer, "train_step", None)             # any step would be an error
+    again = module.cached_training(TINY, patches())
+    assert [line["loss"] for line in again.history] == [line["loss"] for line in first.history]
+    with pytest.raises(TypeError):
+        module.cached_training(replace(TINY, seed=1), patches())
+    with pytest.raises(TypeError):
+        module.cached_training(TINY, patches().select(np.arange(1, 96)))
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NO_AUGMENT', 'HEADS', 'TASKS', 'RECIPES', 'uniforms', 'AugmentConfig', 'augment', 'PixelStore', 'TrainConfig',
            'recipe', 'bf16_in_hardware', 'resolve_precision', 'batch_rows', 'steps_per_epoch', 'class_labels', 'Ranks',
-           'JointNorm1d', 'JointNorm2d', 'join_norms', 'Recogniser', 'build_head', 'embed_store', 'verify_network',
-           'held_out_pairs', 'RecognitionTrainer', 'batch', 'rate_at', 'train_step', 'task_targets', 'fit',
+           'JointNorm1d', 'JointNorm2d', 'join_norms', 'Recogniser', 'task_targets', 'build_head', 'embed_store',
+           'verify_network', 'held_out_pairs', 'RecognitionTrainer', 'batch', 'rate_at', 'train_step', 'fit',
            'TrainResult', 'save_result', 'load_run', 'plot_result', 'cached_training']
 
 # %% ../../nbs/74_train.ipynb #1bd8565d
@@ -178,7 +178,7 @@ class PixelStore:
     def __getitem__(self, rows) -> np.ndarray:
         return self.array[rows] if self.array is not None else np.stack([self._one(i) for i in rows])
 
-# %% ../../nbs/74_train.ipynb #cc7bac40
+# %% ../../nbs/74_train.ipynb #00ad315d
 HEADS = ("arcface", "cosface", "sphereface", "softmax", "adaface")
 
 @dataclass(frozen=True)
@@ -195,7 +195,8 @@ class TrainConfig:
     sample_rate: float = 1.0              # share of the centres that a step uses (Partial FC)
     attention: Literal["none", "demographic"] = "none" # demographic attention on the features
     tasks: tuple[str, ...] = ()           # of pose, age, expression, gender, ethnicity: heads of eq. 10
-    task_weight: float = .1               # of each task's loss beside identity; 0 learns the weights
+    weighting: Literal["fixed", "learnt"] = "fixed" # of the tasks' losses, see `HyperFaceLoss`
+    group_weight: float = .1              # of the group labels' loss, with attention
     epochs: int = 20                      # passes over the data
     batch: int = 128                      # images a step, over all processes
     lr: float = .1                        # highest learning rate
@@ -218,7 +219,7 @@ class TrainConfig:
         positive = dict(epochs=self.epochs, batch=self.batch, lr=self.lr, image_size=self.image_size, embedding_dim=self.embedding_dim, checkpoint_every=self.checkpoint_every, patience=self.patience)
         for name, value in positive.items():
             if not (value > 0 and math.isfinite(value)): raise ConfigError(f"{name} must be above 0", value)
-        for name in ("weight_decay", "warmup", "validate_every", "task_weight"):
+        for name in ("weight_decay", "warmup", "validate_every", "group_weight"):
             if not 0 <= getattr(self, name) < math.inf: raise ConfigError(f"{name} must be at least 0", getattr(self, name))
         if not 0 <= self.momentum < 1: raise ConfigError("momentum must lie in [0, 1)", self.momentum)
         if not 0 < self.sample_rate <= 1: raise ConfigError("sample_rate must lie in (0, 1]", self.sample_rate)
@@ -227,9 +228,9 @@ class TrainConfig:
 
 TASKS = ("pose", "age", "expression", "gender", "ethnicity")
 
-# %% ../../nbs/74_train.ipynb #f4f5aca1
+# %% ../../nbs/74_train.ipynb #c67a7499
 _FLIP = replace(NO_AUGMENT, flip=.5)
-_SMALL = TrainConfig(recipe="cpu", backbone="resnet_tiny", image_size=40, embedding_dim=128, epochs=8, batch=64, lr=.1, schedule="cosine", warmup=.5, scale=24., ema=None,
+_SMALL = TrainConfig(recipe="cpu", backbone="resnet_tiny", image_size=40, embedding_dim=128, epochs=6, batch=64, lr=.1, schedule="cosine", warmup=.5, scale=24., ema=None,
                      augment=AugmentConfig(low=.05, blur=.05, jpeg=0.), validate_every=.5, checkpoint_every=200)
 RECIPES = {
     "vec2face": TrainConfig(recipe="vec2face", backbone="iresnet50", head="arcface", margin=.5, scale=64., epochs=26, batch=128, lr=.1, schedule="steps", drops=(12., 20., 24.), clip=None, augment=AugmentConfig(erase=.5)),
@@ -366,28 +367,48 @@ def join_norms(module):
         elif type(m) is torch.nn.BatchNorm2d: m.__class__ = JointNorm2d
     return module
 
-# %% ../../nbs/74_train.ipynb #b98cf20b
+# %% ../../nbs/74_train.ipynb #191734c4
 class Recogniser(torch.nn.Module):
     "Backbone, margin head and task heads: `forward(images, labels, targets)` gives the loss and its parts."
     def __init__(self, config:TrainConfig, n_classes:int):
         super().__init__()
-        c = self.config = config
-        self.backbone = create_model(c.backbone, embedding_dim=c.embedding_dim, image_size=c.image_size, dropout=c.dropout, attention=None if c.attention == "none" else {}, seed=c.seed)
-        self.head = build_head(c, n_classes)
-        self.tasks = None
+        c = self.config = config; attention = None
+        if c.attention == "demographic":
+            from hyperface.recognition.multitask import CLASSES
+            attention = dict(groups=list(CLASSES["ethnicity"]))
+        self.backbone = create_model(c.backbone, embedding_dim=c.embedding_dim, image_size=c.image_size, dropout=c.dropout, attention=attention, seed=c.seed)
+        self.head, self.tasks, self.hyper = build_head(c, n_classes), None, None
         if c.tasks:
-            from hyperface.recognition.multitask import HyperFaceLoss
-            self.tasks = HyperFaceLoss(c.embedding_dim, c.tasks, weight=c.task_weight)
+            from hyperface.recognition.multitask import HyperFaceLoss, MultiTaskHeads
+            self.tasks, self.hyper = MultiTaskHeads(c.embedding_dim, c.tasks, seed=c.seed), HyperFaceLoss(c.tasks, mode=c.weighting, identity=self.head.loss)
         self.half = None                                                                   # dtype of autocast, set by the trainer
-    def embed(self, images): # (B, 3, H, W) -> (B, D) float32, any length
-        "Features in the precision that the trainer chose."
-        with torch.autocast(images.device.type, self.half, enabled=self.half is not None): return self.backbone(images).float()
+    def features(self, images): # (B, D) float32, any length; group posteriors' logits where there is attention
+        "Embeddings in the precision that the trainer chose."
+        with torch.autocast(images.device.type, self.half, enabled=self.half is not None):
+            if self.config.attention == "none": return self.backbone(images).float(), []
+            x, groups = self.backbone(images, return_groups=True)
+            return x.float(), groups
+    def embed(self, images): return self.features(images)[0]
     def forward(self, images, labels, targets=None):
-        features = self.embed(images)
-        identity = self.head.loss(features, labels)
-        if self.tasks is None: return identity, dict(identity=identity.detach())
-        rest, parts = self.tasks(features, targets)
-        return identity + rest, dict(identity=identity.detach()) | {k: v.detach() for k, v in parts.items()}
+        x, groups = self.features(images)
+        if self.hyper is None: loss, parts = self.head.loss(x, labels), {}
+        else:
+            loss, report = self.hyper(self.tasks(x), {**targets, "identity": labels}, x)
+            parts = {f"{task}_loss": float(r["loss"]) for task, r in report.items() if r["count"]}
+        if groups:
+            from hyperface.recognition.attention import group_loss
+            extra = group_loss(groups, targets["ethnicity"]); loss = loss + self.config.group_weight*extra; parts["group_loss"] = float(extra.detach())
+        return loss, parts
+
+def task_targets(records:Records, config:TrainConfig) -> dict|None: # task -> labels, NaN or -1 where missing
+    "Attribute labels that a configuration asks for; `DataError` if the set has none of a kind."
+    wanted = {*config.tasks, *(["ethnicity"] if config.attention == "demographic" else [])}
+    if not wanted: return None
+    from hyperface.recognition.multitask import label_mask, task_labels
+    found = task_labels(records, tasks=tuple(t for t in TASKS if t in wanted), unknown="missing"); found.pop("identity", None)
+    empty = [t for t, v in found.items() if not label_mask(t, v).any()]
+    if empty: raise DataError(f"{records.name} has no label for {', '.join(empty)}", None, "Leave the task out, or give the records that column")
+    return found
 
 def build_head(config:TrainConfig, n_classes:int) -> MarginHead:
     "The margin head that a configuration names."
@@ -446,7 +467,7 @@ def held_out_pairs(records:Records,   # with identities
     try: return records.select(~out), draw_pairs(rest, n, n, seed, folds=folds)
     except DataError: return records.select(~out), draw_pairs(rest, n, n, seed, folds=1)   # folds of unlike size
 
-# %% ../../nbs/74_train.ipynb #0e88f9df
+# %% ../../nbs/74_train.ipynb #15b7c89d
 class RecognitionTrainer:
     "Trains a face recogniser; the same call continues a run that was interrupted."
     def __init__(self, config:TrainConfig,  # see `recipe`
@@ -466,7 +487,7 @@ class RecognitionTrainer:
         self.ranks = Ranks(self.device)
         if config.batch % self.ranks.world: raise ConfigError(f"A batch of {config.batch} cannot be shared by {self.ranks.world} processes", config.batch)
         self.store = PixelStore(self.records, config.image_size, self.folder)
-        self.targets = task_targets(self.records, config.tasks)
+        self.targets = task_targets(self.records, config)
         self.pairs = None if validation is None else validation.compact()
         self.val_store = None if validation is None else PixelStore(self.pairs.records, config.image_size, memory=math.inf)
         self.per_epoch = steps_per_epoch(len(self.records), config.batch); self.total = config.epochs*self.per_epoch
@@ -480,7 +501,7 @@ class RecognitionTrainer:
         self.network.half = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)[self.precision]
         self.network.to(self.device, memory_format=torch.channels_last).train()
         if self.ranks.world > 1: join_norms(self.network)
-        self.model = self.network if self.ranks.world == 1 else _averaged(self.network, bool(c.tasks))
+        self.model = self.network if self.ranks.world == 1 else _averaged(self.network, bool(c.tasks) or c.attention != "none")
         options = dict(lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
         self.trunk = [p for name, p in self.network.named_parameters() if name != "head.weight"]
         self.optimisers = [torch.optim.SGD(self.trunk, **options), (torch.optim.SGD if c.sample_rate == 1 else RowSGD)([self.network.head.weight], **options)]
@@ -510,13 +531,16 @@ def _writable(folder) -> Path:
     except OSError as e: raise ConfigError(f"The folder of the run cannot be written: {e.strerror}", str(folder), "Choose another folder") from e
     return folder
 
-# %% ../../nbs/74_train.ipynb #326bebf8
+# %% ../../nbs/74_train.ipynb #0cee625f
 def batch(self, step:int): # images (B, 3, H, W), labels (B,), targets or None, rows (B,)
     "The batch of a step, augmented; runs in a thread ahead of the training."
     c = self.config
     rows = batch_rows(step, len(self.records), c.batch, c.seed, self.ranks.rank, self.ranks.world)
     images = augment(self.store[rows], rows, step//self.per_epoch, c.seed, c.augment)
     targets = None if self.targets is None else {k: v[rows] for k, v in self.targets.items()}
+    if targets and "pose" in targets:                                                      # a mirror turns yaw and roll round
+        mirrored = torch.from_numpy(uniforms(c.seed, step//self.per_epoch, rows, 20)[:, 0] < c.augment.flip)
+        targets["pose"] = torch.where(mirrored[:, None], targets["pose"]*torch.tensor([-1., 1., -1.]), targets["pose"])
     return images, torch.from_numpy(self.labels[rows]), targets, rows
 
 def rate_at(self, step:int) -> float:
@@ -526,7 +550,7 @@ def rate_at(self, step:int) -> float:
 
 RecognitionTrainer.batch, RecognitionTrainer.rate_at = batch, rate_at
 
-# %% ../../nbs/74_train.ipynb #8eb25f16
+# %% ../../nbs/74_train.ipynb #39ea0af3
 def train_step(self, step:int, images, labels, targets, rows) -> dict: # the line of the log
     "One optimisation step, taken only if loss and gradient are finite in every process."
     c, started = self.config, time.perf_counter()
@@ -556,7 +580,7 @@ def train_step(self, step:int, images, labels, targets, rows) -> dict: # the lin
     if self.ema is not None and not bad: self.ema.update(self.network, c.batch)
     self.seconds += time.perf_counter() - started
     line = dict(step=step, epoch=step/self.per_epoch, loss=self.ranks.mean(value), lr=lr, gradient_norm=norm, seconds=round(self.seconds, 4))
-    return line | ({k: float(v) for k, v in parts.items()} if c.tasks else {}) | (dict(skipped=bad) if bad else {})
+    return line | parts | (dict(skipped=bad) if bad else {})
 
 def _finite(gradient) -> bool:
     "Whether a gradient, dense or of some rows, is finite."
@@ -585,11 +609,7 @@ def _accept(self, step:int, value:float) -> None:
     self.guard.ok(value); self.good += 1
     if self.rate < 1 and self.good >= 100: self.rate, self.good = min(1., 2*self.rate), 0
 
-# %% ../../nbs/74_train.ipynb #4666f798
-def task_targets(records:Records, tasks:tuple) -> dict|None:
-    "STAND-IN"
-    return None
-
+# %% ../../nbs/74_train.ipynb #2e23f62d
 def _identity_of_run(self) -> dict:
     "Configuration and data that a folder belongs to."
     names = self.records.table["image"].astype(str).to_numpy(str)
@@ -622,17 +642,17 @@ def _save(self, step:int) -> None:
     state = dict(rate=self.rate, good=self.good, seconds=self.seconds, bad=self.guard.bad, skipped=self.guard.skipped)
     Checkpoints(self.folder/"checkpoints").save(step, **self.parts, state=state)
 
-# %% ../../nbs/74_train.ipynb #346028ac
+# %% ../../nbs/74_train.ipynb #c7497de1
 def fit(self, stop_at:int|None=None # end after so many steps, as if interrupted; the same call without it goes on
         ) -> "TrainResult":
     "Train to the end, or go on to it."
-    start = _resume(self); end = self.total if stop_at is None else min(stop_at, self.total)
     for remark in self.remarks: warnings.warn(remark)
-    step = start
+    workers = 1 if self.device.type == "cpu" else min(8, thread_count())
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:
+        step = start = _resume(self); end = self.total if stop_at is None else min(stop_at, self.total)
         log = stack.enter_context(JsonLog(self.folder/"log.jsonl", start)) if self.folder is not None and not self.ranks.rank else None
         bar = stack.enter_context(progress(None, f"training {self.config.head}", self.total, "step")); bar.update(start)
-        batches = stack.enter_context(contextlib.closing(prefetched(self.batch, range(start, end), 1, 3)))
+        batches = stack.enter_context(contextlib.closing(prefetched(self.batch, range(start, end), workers, workers + 2)))
         try:
             for found in batches:
                 if isinstance(found, Exception): raise found
@@ -748,12 +768,12 @@ def plot_result(result:TrainResult):
         b.set(xlabel="epoch", ylabel="per cent", ylim=(0, 100), title="pairs of other people"); b.legend()
     return fig
 
-# %% ../../nbs/74_train.ipynb #89919457
-def _code_key() -> str:
+# %% ../../nbs/74_train.ipynb #7c0281de
+def _code_key(config:TrainConfig) -> str:
     "A hash of the modules that a training depends on."
     import importlib.util
     from hyperface.core import file_key
-    names = ("train", "margins", "backbones", "attention", "multitask")
+    names = ["train", "margins", "backbones"] + ["multitask"]*bool(config.tasks) + ["attention"]*(config.attention != "none")
     specs = [importlib.util.find_spec(f"hyperface.recognition.{n}") for n in names]
     return content_key(*[file_key(s.origin) for s in specs if s is not None])
 
@@ -764,6 +784,6 @@ def cached_training(config:TrainConfig, records:Records,
     names = records.table["image"].astype(str).to_numpy(str)
     some = np.stack([records.pixels(int(i)) for i in np.unique(np.linspace(0, len(records) - 1, 32).astype(int))])
     watched = "" if validation is None else [validation.left, validation.right]
-    folder = cache_dir("recognition")/content_key(_code_key(), asdict(config), names, records.codes, some, *watched)
+    folder = cache_dir("recognition")/content_key(_code_key(config), asdict(config), names, records.codes, some, *watched)
     if (folder/"result.json").exists(): return load_run(folder)
     return RecognitionTrainer(config, records, validation, folder, device=device).fit()
