@@ -362,7 +362,7 @@ class LinearNetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(embedder.mean)); self.register_buffer("matrix", torch.tensor(embedder.matrix))
     def forward(self, x): return (F.adaptive_avg_pool2d(x, self.grid).flatten(1) - self.mean) @ self.matrix
 
-# %% ../../nbs/21a_onnx_torch.ipynb #ce22e81f
+# %% ../../nbs/21a_onnx_torch.ipynb #186b12e5
 class TorchEmbedder(Embedder):
     "An embedder in torch; `.network` maps image tensors to unit vectors and carries gradients."
     def __init__(self, network,      # a UnitNetwork, or any module (N, 3, 112, 112) -> (N, dim)
@@ -379,11 +379,12 @@ class TorchEmbedder(Embedder):
         if self._parts is not None: return self._parts
         return [type(self.network.network).__name__] + [x for k, v in sorted(self.network.state_dict().items()) for x in (k, v.detach().cpu().numpy())]
     def features(self, x):
-        was = self.network.training
+        training = [m for m in self.network.modules() if m.training]
         self.network.eval()                                                       # dropout and batch statistics have no place here
         try:
             with torch.no_grad(): f = self.network.features(torch.from_numpy(x).to(self.device))
-        finally: self.network.train(was)
+        finally:
+            for m in training: m.training = True
         if f.ndim != 2: raise DataError(f"{self.name} is no recognition network: its output is not one vector per image", tuple(f.shape))
         return f.float().cpu().numpy()
 

@@ -40,10 +40,13 @@ class IBlock(nn.Module):
         y = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
         return y + (x if self.downsample is None else self.downsample(x))
 
-# %% ../../nbs/70_backbones.ipynb #2ad4d59e
+# %% ../../nbs/70_backbones.ipynb #57b6dd48
 class Backbone(nn.Module):
     "Base of all recognisers: `(N, 3, image_size, image_size)` in [-1, 1] to `(N, embedding_dim)`, not normalised."
-    name, image_size, embedding_dim, channels, attention = "backbone", 112, 512, (), None
+    name, image_size, embedding_dim, channels, dropout_rate = "backbone", 112, 512, (), 0.
+    def __init__(self):
+        super().__init__()
+        self.attention = self.attention_config = None                              # set by `insert_attention`
     def stage(self, k:int, # 0 is the stem, then 1 ... 4
               x):          # (N, c, h, w) -> (N, channels[k], h', w')
         "One stage."
@@ -79,9 +82,10 @@ class Backbone(nn.Module):
     def config(self) -> dict:
         "What `create_model` was told."
         return dict(name=self.name, embedding_dim=self.embedding_dim, image_size=self.image_size, dropout=self.dropout_rate, attention=self.attention_config)
-    def extra_repr(self): return f"{self.name}, {self.image_size} px -> {self.embedding_dim}, {sum(p.numel() for p in self.parameters())/1e6:.2f} M parameters"
+    def save_pretrained(self, folder, **notes): return save_pretrained(self, folder, **notes)
+    def __repr__(self): return f"{type(self).__name__}({self.name}, {self.image_size} px -> {self.embedding_dim}, {sum(p.numel() for p in self.parameters())/1e6:.2f} M parameters{'' if self.attention is None else ', attention'})"
 
-# %% ../../nbs/70_backbones.ipynb #a6448e66
+# %% ../../nbs/70_backbones.ipynb #ad1f559a
 class IResNet(Backbone):
     "IResNet as in insightface's arcface_torch, of any depth and width."
     def __init__(self, name:str,     # what results call it
@@ -94,7 +98,6 @@ class IResNet(Backbone):
                  ):
         super().__init__()
         self.name, self.embedding_dim, self.image_size, self.dropout_rate, self.channels = name, embedding_dim, image_size, dropout, tuple(widths)
-        self.attention_config = None
         self.conv1, self.bn1, self.prelu = _conv(3, widths[0], 3, strides[0]), nn.BatchNorm2d(widths[0]), nn.PReLU(widths[0])
         for k in range(1, 5):
             blocks = [IBlock(widths[k - 1] if i == 0 else widths[k], widths[k], strides[k] if i == 0 else 1) for i in range(layers[k - 1])]
@@ -107,7 +110,7 @@ class IResNet(Backbone):
     def stage(self, k, x): return self.prelu(self.bn1(self.conv1(x))) if k == 0 else getattr(self, f"layer{k}")(x)
     def head(self, x): return self.features(self.fc(self.dropout(self.bn2(x)).flatten(1))) # (N, c, s, s) -> (N, c*s*s) -> (N, d)
 
-# %% ../../nbs/70_backbones.ipynb #a2bba9db
+# %% ../../nbs/70_backbones.ipynb #b91579c0
 class _Layers(nn.Module):
     "Modules one after the other under the name `layers`, with a sum around them if `residual`."
     def __init__(self, *modules, residual:bool=False):
@@ -134,7 +137,7 @@ class MobileFaceNet(Backbone):
                  ):
         super().__init__()
         self.name, self.embedding_dim, self.image_size, self.dropout_rate = name, embedding_dim, image_size, dropout
-        self.attention_config, a, b = None, 64*scale, 128*scale
+        a, b = 64*scale, 128*scale
         repeat = lambda width, wide, n: _Layers(*[_bottleneck(width, width, wide, residual=True) for _ in range(n)])
         self.layers = nn.ModuleList([_unit(3, a, 3, 2), _unit(a, a, 3, 1, 64), _bottleneck(a, a, 128, 2), repeat(a, 128, blocks[0]),
             _bottleneck(a, b, 256, 2), repeat(b, 256, blocks[1]), _bottleneck(b, b, 512, 2), repeat(b, 256, blocks[2])])
@@ -148,7 +151,7 @@ class MobileFaceNet(Backbone):
         pooled, flat, matrix, norm = self.features.layers
         return norm(matrix(F.dropout(flat(pooled(self.conv_sep(x))), self.dropout_rate, self.training))) # (N, b, s, s) -> (N, 512) -> (N, d)
 
-# %% ../../nbs/70_backbones.ipynb #2e0a1db7
+# %% ../../nbs/70_backbones.ipynb #42ee25b9
 MODELS = dict(iresnet18=(2, 2, 2, 2), iresnet34=(3, 4, 6, 3), iresnet50=(3, 4, 14, 3), iresnet100=(3, 13, 30, 3), iresnet200=(6, 26, 60, 6),
               mobilefacenet=(4, 6, 2), resnet_tiny=(1, 1, 1, 1)) # blocks in each stage
 
@@ -157,7 +160,7 @@ def list_models() -> list[str]:
     return list(MODELS)
 
 def _whole(name, value, low, high):
-    if isinstance(value, bool) or int(value) != value or not low <= value <= high: raise ConfigError(f"{name} must be a whole number from {low} to {high}", value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer)) or not low <= value <= high or int(value) != value: raise ConfigError(f"{name} must be a whole number from {low} to {high}", value)
     return int(value)
 
 def create_model(name:str,              # one of `list_models()`
@@ -174,7 +177,7 @@ def create_model(name:str,              # one of `list_models()`
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "backbone", name))
         if name == "mobilefacenet": net = MobileFaceNet(name, MODELS[name], d, size, float(dropout))
-        elif name == "resnet_tiny": net = IResNet(name, MODELS[name], d, size, float(dropout), (32, 32, 64, 128, 256), (2, 2, 2, 2, 1))
+        elif name == "resnet_tiny": net = IResNet(name, MODELS[name], d, size, float(dropout), (32, 32, 64, 128, 256), (2, 2, 2, 2, 2))
         else: net = IResNet(name, MODELS[name], d, size, float(dropout))
         for m in net.modules():
             if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, 0, .1) if name.startswith("iresnet") else nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -201,7 +204,7 @@ def model_costs(names=None,         # backbones; None: all
         rows.append(dict(name=name, parameters=sum(p.numel() for p in net.parameters())/1e6, multiplications=total[0]/1e6, tensors=len(net.state_dict())))
     return pd.DataFrame(rows).set_index("name")
 
-# %% ../../nbs/70_backbones.ipynb #9663809b
+# %% ../../nbs/70_backbones.ipynb #1ea501dd
 def unit_embeddings(model,           # a Backbone, or any module that gives (N, d)
                     images,          # (N, 3, H, W) in [-1, 1]
                     flip:bool=False, # add the features of the mirror image first
@@ -219,9 +222,10 @@ def as_embedder(model,           # a Backbone
                 name:str|None=None, # what results call it; None: the backbone's name
                 ) -> TorchEmbedder:
     "A backbone as an `Embedder`; it shares the weights, and leaves training mode as it was."
-    was, device = model.training, next(model.parameters()).device if device is None else device
+    training, device = [m for m in model.modules() if m.training], next(model.parameters()).device if device is None else device
     try: return TorchEmbedder(UnitNetwork(model, model.image_size, flip), name or model.name, device)
-    finally: model.train(was)
+    finally:
+        for m in training: m.training = True
 
 # %% ../../nbs/70_backbones.ipynb #96873b31
 def save_pretrained(model,  # a Backbone

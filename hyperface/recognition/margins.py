@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARGINS', 'check_labels', 'psi', 'Margin', 'CombinedMargin', 'ArcFace', 'CosFace', 'SphereFace', 'NormalisedSoftmax',
-           'AdaFace', 'make_margin', 'margin_loss', 'sample_centres', 'RowSGD', 'shard_of', 'MarginHead', 'MarginLoss']
+           'AdaFace', 'make_margin', 'margin_loss', 'sample_centres', 'RowSGD', 'shard_of', 'Centres', 'MarginHead',
+           'MarginLoss']
 
 # %% ../../nbs/71_margins.ipynb #05045ec5
 import math
@@ -15,22 +16,24 @@ from torch import nn
 
 from ..core import ConfigError, DataError, torch_rng
 
-# %% ../../nbs/71_margins.ipynb #bf0eab5d
+# %% ../../nbs/71_margins.ipynb #0cb1784f
 def check_labels(labels,       # (N,) whole numbers in 0..n_classes-1, or -1: not in this shard, no margin
                  n:int,        # rows they belong to
-                 n_classes:int,# C
+                 n_classes:int|None,# C; None leaves the range to a later look
                  ) -> torch.Tensor: # (N,) int64
     "Labels as int64; `DataError` names the first row that is no class."
     labels = torch.as_tensor(labels)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool: raise DataError("labels must be whole numbers", labels.dtype)
     if tuple(labels.shape) != (n,): raise DataError(f"labels must have shape ({n},), one for each embedding", tuple(labels.shape))
     labels = labels.long()
+    if n_classes is None: return labels
     bad = (labels < -1) | (labels >= n_classes)
     if bad.any():
         row = int(bad.nonzero()[0])
         raise DataError(f"labels[{row}] is out of range: there are {n_classes:,} classes", int(labels[row]), f"Labels run from 0 to {n_classes - 1}; -1 means 'not in this shard'")
     return labels
 
+# %% ../../nbs/71_margins.ipynb #7529103e
 def psi(phi:torch.Tensor # angles, radians, >= 0
         ) -> torch.Tensor: # cos(phi) up to pi, falling on below -1 after it
     "Cosine continued so that it never rises again: (-1)^k cos(phi) - 2k with k = floor(phi/pi)."
@@ -173,7 +176,7 @@ class NormalisedSoftmax(CombinedMargin):
     def __init__(self, s:float=64.): # scale of all logits
         super().__init__(1., 0., 0., s)
 
-# %% ../../nbs/71_margins.ipynb #8f9f81cc
+# %% ../../nbs/71_margins.ipynb #df97a6ce
 class AdaFace(Margin):
     "A margin that follows the length of the embedding, a stand-in for image quality: angular for poor images, additive for good ones."
     def __init__(self, m:float=.4,    # margin
@@ -206,6 +209,7 @@ class AdaFace(Margin):
         return value, torch.ones_like(c) if self.straight_through else slope
     def extra_repr(self): return f"m={self.m:g}, h={self.h:g}, s={self.s:g}, t_alpha={self.t_alpha:g}"
 
+# %% ../../nbs/71_margins.ipynb #95b1f906
 MARGINS = dict(arcface=ArcFace, cosface=CosFace, sphereface=SphereFace, adaface=AdaFace, combined=CombinedMargin, softmax=NormalisedSoftmax)
 
 def make_margin(name, # "arcface", "cosface", "sphereface", "adaface", "combined", "softmax"; a `Margin` is passed through
@@ -219,12 +223,36 @@ def make_margin(name, # "arcface", "cosface", "sphereface", "adaface", "combined
     try: return MARGINS[name](**options)
     except TypeError as e: raise ConfigError(f"{name} does not take these options: {e}", options) from e
 
-# %% ../../nbs/71_margins.ipynb #400a0cf8
+# %% ../../nbs/71_margins.ipynb #520a684b
 def _inverse(length:torch.Tensor) -> torch.Tensor:
     "1/length; 0 for a row of zeros, which has no direction; NaN for a length beyond the range, so that it is seen."
     out = torch.where(length <= torch.finfo(length.dtype).tiny, torch.zeros_like(length), 1/length)
     return out.masked_fill(length.isinf(), math.nan)
 
+def _cosines(x, w, labels, margin):
+    "Table of cosines with the target entries replaced, and what backward needs; lengths divide the product, not the centres."
+    norms = torch.linalg.vector_norm(x, dim=1); ix, iw = _inverse(norms), _inverse(torch.linalg.vector_norm(w, dim=1))
+    xn = x*ix[:, None]                                                      # (N, d), length 1
+    z = (xn @ w.T).mul_(iw)                                                 # (N, k)
+    rows = (labels >= 0).nonzero()[:, 0]; columns = labels[rows]            # (n,), (n,)
+    value, slope = margin.target(z[rows, columns], norms[rows])
+    z[rows, columns] = value
+    return z, value, (xn, ix, w, iw, rows, columns, slope)
+
+def _pull(h, r, xn, ix, w, iw, needs):
+    "Gradients by embeddings and centres, given those by the product (h, to be multiplied by r row by row); tangential."
+    gx = gw = None
+    if needs[0]:
+        gx = (h @ w)*r                                                      # (N, d)
+        gx = (gx - (gx*xn).sum(1, keepdim=True)*xn)*ix[:, None]
+    if needs[1]:
+        gw = h.T @ (xn*r)                                                   # (k, d)
+        for a in range(0, len(w), 512):                                     # block by block, while it is in the cache
+            g, v = gw[a:a + 512], w[a:a + 512]
+            g.addcmul_(v, ((g*v).sum(1)*iw[a:a + 512]**2)[:, None], value=-1)
+    return gx, gw
+
+# %% ../../nbs/71_margins.ipynb #028e4156
 def _reduce(x:torch.Tensor, op, group) -> torch.Tensor:
     "All-reduce over a group; nothing to do without one."
     if group is not None: dist.all_reduce(x, op=op, group=group)
@@ -235,42 +263,40 @@ class _MarginLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, index, labels, margin, group):
         with torch.autocast(x.device.type, enabled=False):
-            w = weight if index is None else weight.index_select(0, index)  # (k, d)
-            norms = torch.linalg.vector_norm(x, dim=1); ix, iw = _inverse(norms), _inverse(torch.linalg.vector_norm(w, dim=1))
-            xn = x*ix[:, None]                                              # (N, d), length 1
-            z = (xn @ w.T).mul_(iw)                                         # (N, k) cosines
-            rows = (labels >= 0).nonzero()[:, 0]; columns = labels[rows]    # (n,), (n,)
-            value, slope = margin.target(z[rows, columns], norms[rows])
-            z[rows, columns] = value
+            z, value, saved = _cosines(x, weight if index is None else weight.index_select(0, index), labels, margin)
             top = z.amax(1) if z.shape[1] else z.new_full((len(z),), -math.inf)
             _reduce(top, dist.ReduceOp.MAX, group)
-            total = z.sub_(top[:, None]).mul_(margin.s).exp_().sum(1); own = z.new_zeros(len(z)).index_copy_(0, rows, value.to(z.dtype))
+            total = z.sub_(top[:, None]).mul_(margin.s).exp_().sum(1); own = z.new_zeros(len(z)).index_copy_(0, saved[4], value.to(z.dtype))
             _reduce(total, dist.ReduceOp.SUM, group); _reduce(own, dist.ReduceOp.SUM, group)
-        ctx.save_for_backward(xn, ix, w, iw, z, total, rows, columns, slope)
+        ctx.save_for_backward(z, total, *saved)
         ctx.index, ctx.shape, ctx.s = index, weight.shape, margin.s
         return total.log() + margin.s*(top - own)                           # (N,)
     @staticmethod
     def backward(ctx, grad):
         _once()
-        xn, ix, w, iw, z, total, rows, columns, slope = ctx.saved_tensors
-        gx = gw = None
+        z, total, xn, ix, w, iw, rows, columns, slope = ctx.saved_tensors
         with torch.autocast(xn.device.type, enabled=False):
-            h = z*(iw*ctx.s)                                                # (N, k): d loss/d product, but for the factor r of each row
+            h = z*(iw*ctx.s)                                                # (N, k)
             h[rows, columns] = (z[rows, columns] - total[rows])*slope.to(z.dtype)*iw[columns]*ctx.s
-            r = (grad/total)[:, None]                                       # (N, 1)
-            if ctx.needs_input_grad[0]:
-                gx = (h @ w)*r                                              # (N, d)
-                gx = (gx - (gx*xn).sum(1, keepdim=True)*xn)*ix[:, None]
-            if ctx.needs_input_grad[1]:
-                gw = h.T @ (xn*r)                                           # (k, d)
-                for a in range(0, len(w), 1024): _tangent_(gw[a:a + 1024], w[a:a + 1024], iw[a:a + 1024])
-                if ctx.index is not None: gw = torch.sparse_coo_tensor(ctx.index[None], gw, ctx.shape, is_coalesced=True, check_invariants=False)
+            gx, gw = _pull(h, (grad/total)[:, None], xn, ix, w, iw, ctx.needs_input_grad)
+        if gw is not None and ctx.index is not None: gw = torch.sparse_coo_tensor(ctx.index[None], gw, ctx.shape, is_coalesced=True, check_invariants=False)
         return gx, gw, None, None, None, None
 
-def _tangent_(gradient, w, inverse):
-    "Take out of a gradient what points along the centre itself, in place, block by block while it is in the cache."
-    along = (gradient*w).sum(1)*inverse**2                                  # (b,)
-    gradient.addcmul_(w, along[:, None], value=-1)
+class _HeadLogits(torch.autograd.Function):
+    "The same table as logits, for whoever wants to go on with them."
+    @staticmethod
+    def forward(ctx, x, weight, labels, margin):
+        with torch.autocast(x.device.type, enabled=False): z, _, saved = _cosines(x, weight, labels, margin)
+        ctx.save_for_backward(*saved); ctx.s = margin.s
+        return z.mul_(margin.s)                                             # (N, C)
+    @staticmethod
+    def backward(ctx, grad):
+        _once()
+        xn, ix, w, iw, rows, columns, slope = ctx.saved_tensors
+        with torch.autocast(xn.device.type, enabled=False):
+            h = grad*(iw*ctx.s)                                             # (N, C)
+            h[rows, columns] *= slope.to(h.dtype)
+            return (*_pull(h, torch.ones_like(ix)[:, None], xn, ix, w, iw, ctx.needs_input_grad), None, None)
 
 # %% ../../nbs/71_margins.ipynb #9471db34
 def _prepare(embeddings, dim:int, dtype) -> torch.Tensor:
@@ -297,7 +323,7 @@ def margin_loss(embeddings:torch.Tensor, # (N, d), any length
     losses = _MarginLoss.apply(x, centres, None, labels, margin, None)      # (n,)
     return losses if reduction == "none" else losses.sum()/(max(len(losses), 1) if reduction == "mean" else 1)
 
-# %% ../../nbs/71_margins.ipynb #2fc5dccc
+# %% ../../nbs/71_margins.ipynb #91a6b31a
 def sample_centres(positive:torch.Tensor, # (p,) classes of this batch, each once, sorted
                    n_classes:int,         # C
                    keep:int,              # how many to keep altogether; more if there are more positives
@@ -316,6 +342,7 @@ def sample_centres(positive:torch.Tensor, # (p,) classes of this batch, each onc
     if len(positive): drawn = drawn[positive[torch.searchsorted(positive, drawn).clamp(max=len(positive) - 1)] != drawn]
     return torch.cat([positive, drawn[:extra]]).sort().values
 
+# %% ../../nbs/71_margins.ipynb #d6feaaa7
 class RowSGD(torch.optim.Optimizer):
     "SGD with momentum and weight decay that touches only the rows that have a gradient; equal to `torch.optim.SGD` where all have."
     def __init__(self, params,
@@ -383,12 +410,11 @@ class _Gather(torch.autograd.Function):
         grad = _reduce(grad.clone(memory_format=torch.contiguous_format), dist.ReduceOp.SUM, ctx.group)
         return grad[ctx.start:ctx.start + ctx.n]*ctx.factor, None, None
 
-# %% ../../nbs/71_margins.ipynb #64b09949
-class MarginHead(nn.Module):
-    "The last layer of a recogniser in training: centres of all classes, and a margin."
+# %% ../../nbs/71_margins.ipynb #274a92bf
+class Centres(nn.Module):
+    "One direction for each class: all of them, a random part of them in each training step, or one shard on each rank."
     def __init__(self, dim:int,           # length of an embedding
                  n_classes:int,           # C, over all ranks
-                 margin="arcface",        # a `Margin` or its name
                  sample_rate:float=1.,    # share of the centres that a training step looks at, in (0, 1]; positives always
                  seed:int=0,              # of the first centres and of the sampling
                  sharded:bool=False,      # each rank holds its share of the classes (needs torch.distributed)
@@ -399,7 +425,7 @@ class MarginHead(nn.Module):
         if dim < 1 or n_classes < 1: raise ConfigError("A head needs dim >= 1 and n_classes >= 1", (dim, n_classes))
         if not 0 < sample_rate <= 1: raise ConfigError("sample_rate must lie in (0, 1]", sample_rate)
         if sharded and not (dist.is_available() and dist.is_initialized()): raise ConfigError("sharded=True needs a process group", None, "Start with torchrun and call torch.distributed.init_process_group first")
-        self.margin, self.dim, self.n_classes, self.sample_rate, self.averaged = make_margin(margin), dim, n_classes, float(sample_rate), averaged
+        self.dim, self.n_classes, self.sample_rate, self.averaged = dim, n_classes, float(sample_rate), averaged
         self.group = (group or dist.group.WORLD) if sharded else None
         self.rank, self.world = (dist.get_rank(self.group), dist.get_world_size(self.group)) if sharded else (0, 1)
         self.start, self.stop = shard_of(n_classes, self.rank, self.world)
@@ -408,33 +434,66 @@ class MarginHead(nn.Module):
     @torch.no_grad()
     def reset(self, seed:int=0 # of the centres
               ) -> None:
-        "Centres N(0, .01) as insightface's; class j gets the same centre however many ranks there are."
+        "Centres N(0, .01^2) as insightface's; class j gets the same centre however many ranks there are."
         for block in range(self.start//4096, -(-self.stop//4096)):
-            first = max(self.start, 4096*block); last = min(self.stop, 4096*block + 4096)
+            first, last = max(self.start, 4096*block), min(self.stop, 4096*block + 4096)
             drawn = torch.randn(4096, self.dim, generator=torch_rng(seed, "centres", block))*.01
             self.weight[first - self.start:last - self.start] = drawn[first - 4096*block:last - 4096*block].to(self.weight)
     def local(self, labels:torch.Tensor) -> torch.Tensor:
         "Class numbers within this shard; -1 for classes that another rank holds."
         return labels if self.group is None else torch.where((labels >= self.start) & (labels < self.stop), labels - self.start, -1)
+    def gather(self, embeddings:torch.Tensor, labels:torch.Tensor|None):
+        "Checked embeddings in the centres' precision and labels, of all ranks where the head is sharded."
+        x = _prepare(embeddings, self.dim, torch.promote_types(self.weight.dtype, torch.float32))
+        if labels is not None: labels = check_labels(labels, len(x), None if self.group else self.n_classes).to(x.device)
+        if self.group is None: return x, labels
+        x = _Gather.apply(x, self.group, float(self.world) if self.averaged else 1.)
+        return x, None if labels is None else check_labels(_Gather.apply(labels, self.group, 1), len(x), self.n_classes) # all ranks see a bad label, and none waits
     def cosine(self, embeddings:torch.Tensor # (N, dim), any length
                ) -> torch.Tensor:            # (N, classes of this shard)
         "Cosines with all centres of this shard; float32 also under autocast."
         x = _prepare(embeddings, self.dim, torch.promote_types(self.weight.dtype, torch.float32)); weight = self.weight.to(x.dtype)
         long = lambda v: (n := torch.linalg.vector_norm(v, dim=1)).masked_fill(n <= torch.finfo(n.dtype).tiny, math.inf) # zeros have no direction: cosine 0
         with torch.autocast(x.device.type, enabled=False): return (x/long(x)[:, None]) @ weight.T/long(weight)
-    def gather(self, embeddings:torch.Tensor, labels:torch.Tensor|None):
-        "Checked embeddings in the centres' precision and labels, of all ranks where the head is sharded."
-        x = _prepare(embeddings, self.dim, torch.promote_types(self.weight.dtype, torch.float32))
-        labels = None if labels is None else check_labels(labels, len(x), self.n_classes).to(x.device)
-        if self.group is None: return x, labels
-        return _Gather.apply(x, self.group, float(self.world) if self.averaged else 1.), None if labels is None else _Gather.apply(labels, self.group, 1)
+    def sample(self, labels:torch.Tensor # (N,) within this shard, -1 elsewhere
+               ) -> tuple[torch.Tensor, torch.Tensor]: # (k,) classes kept, sorted; (N,) labels among them
+        "Draw the centres of one step."
+        keep = min(len(self.weight), max(1, round(self.sample_rate*len(self.weight))))
+        index = sample_centres(labels[labels >= 0].unique(), len(self.weight), keep, self.generator)
+        return index, torch.where(labels >= 0, torch.searchsorted(index, labels), -1)
+    @torch.no_grad()
+    def whole(self) -> torch.Tensor: # (C, dim) on every rank
+        "The centres of all ranks; to save them, for instance."
+        return self.weight.detach().clone() if self.group is None else _Gather.apply(self.weight.detach(), self.group, 1.)
+    @torch.no_grad()
+    def set_whole(self, weight:torch.Tensor # (C, dim)
+                  ) -> None:
+        "Take this rank's rows of a whole table of centres."
+        if tuple(weight.shape) != (self.n_classes, self.dim): raise DataError(f"centres must have shape ({self.n_classes}, {self.dim})", tuple(weight.shape))
+        self.weight.copy_(weight[self.start:self.stop])
+
+# %% ../../nbs/71_margins.ipynb #8f062b14
+class MarginHead(Centres):
+    "The last layer of a recogniser in training: centres of all classes, and a margin."
+    def __init__(self, dim:int,           # length of an embedding
+                 n_classes:int,           # C, over all ranks
+                 margin="arcface",        # a `Margin` or its name
+                 sample_rate:float=1.,    # share of the centres that a training step looks at, in (0, 1]; positives always
+                 seed:int=0,              # of the first centres and of the sampling
+                 sharded:bool=False,      # each rank holds its share of the classes (needs torch.distributed)
+                 group=None,              # process group; None is all ranks
+                 averaged:bool=True,      # the backbone's gradients are averaged over ranks afterwards, as DistributedDataParallel does
+                 ):
+        super().__init__(dim, n_classes, sample_rate, seed, sharded, group, averaged)
+        self.margin = make_margin(margin)
     def forward(self, embeddings:torch.Tensor, # (N, dim), any length
                 labels:torch.Tensor|None=None, # (N,) or None: no margin
                 ) -> torch.Tensor:             # (N, C); where sharded, rows of all ranks and the classes of this one
         "Scaled logits, with the margin in the label's column. All classes, whatever the sample rate."
         x, labels = self.gather(embeddings, labels)
-        cosine = self.cosine(x)
-        return cosine*self.margin.s if labels is None else self.margin(cosine, self.local(labels), norms=torch.linalg.vector_norm(x.detach(), dim=1))
+        labels = torch.full((len(x),), -1, device=x.device) if labels is None else labels
+        if self.margin.training and (labels >= 0).any(): self.margin.observe(torch.linalg.vector_norm(x.detach(), dim=1))
+        return _HeadLogits.apply(x, self.weight.to(x.dtype), self.local(labels), self.margin)
     def loss(self, embeddings:torch.Tensor, # (N, dim) of this rank, any length
              labels:torch.Tensor,           # (N,) class over all ranks, or -1: left out
              ) -> torch.Tensor:             # scalar: the mean over the labelled rows of all ranks
@@ -446,12 +505,6 @@ class MarginHead(nn.Module):
         if self.training and self.sample_rate < 1: index, labels = self.sample(labels)
         losses = _MarginLoss.apply(x, self.weight.to(x.dtype), index, labels, self.margin, self.group) # (N,)
         return losses.sum()/max(len(losses), 1)
-    def sample(self, labels:torch.Tensor # (N,) within this shard, -1 elsewhere
-               ) -> tuple[torch.Tensor, torch.Tensor]: # (k,) classes kept, (N,) labels among them
-        "Draw the centres of one step."
-        positive = labels[labels >= 0].unique()
-        index = sample_centres(positive, len(self.weight), max(1, round(self.sample_rate*len(self.weight))) if len(self.weight) else 0, self.generator)
-        return index, torch.where(labels >= 0, torch.searchsorted(index, labels), -1)
     def extra_repr(self): return f"{self.dim} -> {self.n_classes:,} classes" + (f", sample_rate={self.sample_rate:g}" if self.sample_rate < 1 else "") + (f", rank {self.rank} of {self.world} holds {self.start:,}..{self.stop - 1:,}" if self.world > 1 else "")
 
 class MarginLoss(MarginHead):
