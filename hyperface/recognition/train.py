@@ -467,7 +467,7 @@ def held_out_pairs(records:Records,   # with identities
     try: return records.select(~out), draw_pairs(rest, n, n, seed, folds=folds)
     except DataError: return records.select(~out), draw_pairs(rest, n, n, seed, folds=1)   # folds of unlike size
 
-# %% ../../nbs/74_train.ipynb #15b7c89d
+# %% ../../nbs/74_train.ipynb #3adbd798
 class RecognitionTrainer:
     "Trains a face recogniser; the same call continues a run that was interrupted."
     def __init__(self, config:TrainConfig,  # see `recipe`
@@ -486,6 +486,7 @@ class RecognitionTrainer:
         self.precision = resolve_precision(config.precision, self.device)
         self.ranks = Ranks(self.device)
         if config.batch % self.ranks.world: raise ConfigError(f"A batch of {config.batch} cannot be shared by {self.ranks.world} processes", config.batch)
+        if config.sample_rate < 1 and self.ranks.world > 1: raise ConfigError("Sampled centres are trained by one process here", config.sample_rate, "Use sample_rate=1, or a MarginHead(sharded=True) in a loop of your own")
         self.store = PixelStore(self.records, config.image_size, self.folder)
         self.targets = task_targets(self.records, config)
         self.pairs = None if validation is None else validation.compact()
