@@ -22,6 +22,7 @@ from hyperface.loop import read_log
 from hyperface.recognition.train import NO_AUGMENT, RECIPES, RecognitionTrainer, bf16_in_hardware, class_labels, load_run, recipe
 from hyperface.report.printed import number, printed
 
+torch.set_num_threads(1)                                         # as in the processes below: sums are added in the same order
 TINY = recipe("cpu_smoke", image_size=32, embedding_dim=32, batch=16, epochs=3, lr=.05, checkpoint_every=5)
 
 SCRIPT = """
@@ -64,7 +65,7 @@ def quiet_fit(trainer, **kwargs):
 
 def test_killed_and_resumed_the_curve_is_the_same(tmp_path):
     long = dict(epochs=10)                                       # 60 steps
-    assert subprocess.run(command(tmp_path / "whole", **long), timeout=300).returncode == 0
+    RecognitionTrainer(replace(TINY, **long), patches(), folder=tmp_path / "whole").fit()
     cut = tmp_path / "cut"
     process = subprocess.Popen(command(cut, **long))
     until = time.monotonic() + 120
@@ -74,7 +75,7 @@ def test_killed_and_resumed_the_curve_is_the_same(tmp_path):
     process.wait()
     done = len(curve(cut))
     assert 18 <= done < 60, "killed too early or too late to tell anything"
-    assert subprocess.run(command(cut, **long), timeout=300).returncode == 0
+    RecognitionTrainer(replace(TINY, **long), patches(), folder=cut).fit()
     assert len(curve(cut)) == 60
     np.testing.assert_allclose(curve(cut), curve(tmp_path / "whole"), rtol=0, atol=1e-6)
     assert torch.equal(*[load_run(f).backbone.state_dict()["fc.weight"] for f in (cut, tmp_path / "whole")])
@@ -173,7 +174,7 @@ def test_a_lowered_rate_rises_again_after_a_hundred_good_steps():
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 def test_two_processes_compute_what_one_computes(tmp_path):
-    assert subprocess.run(command(tmp_path / "one"), timeout=300).returncode == 0
+    RecognitionTrainer(TINY, patches(), folder=tmp_path / "one").fit()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -274,7 +275,7 @@ def test_a_disk_that_fills_up_says_so_and_the_run_goes_on_later(tmp_path):
     full = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert full.returncode and "The disk is full or may not be written" in full.stderr.splitlines()[-1]
     assert not list((tmp_path / "checkpoints").glob("step-*.pt"))
-    assert subprocess.run(command(tmp_path), timeout=300).returncode == 0
+    RecognitionTrainer(TINY, patches(), folder=tmp_path).fit()
     assert len(curve(tmp_path)) == 18
 
 
