@@ -467,7 +467,7 @@ def held_out_pairs(records:Records,   # with identities
     try: return records.select(~out), draw_pairs(rest, n, n, seed, folds=folds)
     except DataError: return records.select(~out), draw_pairs(rest, n, n, seed, folds=1)   # folds of unlike size
 
-# %% ../../nbs/74_train.ipynb #3adbd798
+# %% ../../nbs/74_train.ipynb #ec89841d
 class RecognitionTrainer:
     "Trains a face recogniser; the same call continues a run that was interrupted."
     def __init__(self, config:TrainConfig,  # see `recipe`
@@ -516,6 +516,7 @@ class RecognitionTrainer:
         found = dict(network=self.network, optimiser=self.optimisers[0], head_optimiser=self.optimisers[1], scaler=self.scaler)
         return found if self.ema is None else found | dict(ema=self.ema)
 
+# %% ../../nbs/74_train.ipynb #e2a56e0d
 def _averaged(network, unused:bool):
     "The network with gradients averaged over processes; buffers are the same everywhere already."
     import inspect
