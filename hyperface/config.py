@@ -57,7 +57,7 @@ def from_yaml(kind, path:str|Path):
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path} is not plain YAML: {e}") from e
     return from_dict(kind, values or {}, "")
 
-# %% ../nbs/01_config.ipynb #c303da3c
+# %% ../nbs/01_config.ipynb #1363bd0a
 @dataclass(frozen=True)
 class Profile:
     "How much of everything a run does."
@@ -76,15 +76,23 @@ class Profile:
     attribute_images: int = 600          # images of each set whose age and pose are estimated
     rendered_pairs: int = 10_000         # genuine pairs, and as many impostor pairs, of rendered faces
     bootstrap: int = 500                 # resamples for an interval
+    train_recipe: str = "cpu_quick"      # how recognisers are trained, see `recognition.train.RECIPES`
+    train_identities: int = 200          # rendered people that recognisers are trained on
+    train_per_identity: int = 16         # images of each
+    test_identities: int = 60            # people of each test set, none of them trained on
+    test_per_identity: int = 15          # images of each
+    test_pairs: int = 5_000              # genuine pairs of a test set, and as many impostor pairs
+    stability_steps: int = 60            # steps of each short run over margins and scales
 
 PROFILES = {p.name: p for p in (
     Profile("smoke", rendered_identities=24, rendered_per_identity=4, linear_identities=60, linear_per_identity=4, sphere_identities=600, sphere_samples=3,
-            packing_steps=15, published_steps=5, gallery=200, lfw_protocol="pairs_600", attribute_images=40, rendered_pairs=100, bootstrap=50),
+            packing_steps=15, published_steps=5, gallery=200, lfw_protocol="pairs_600", attribute_images=40, rendered_pairs=100, bootstrap=50,
+            train_recipe="cpu_smoke", train_identities=24, train_per_identity=8, test_identities=16, test_per_identity=8, test_pairs=300, stability_steps=4),
     Profile("quick"),
     Profile("study", seeds=3, rendered_identities=1_000, rendered_per_identity=20, linear_identities=1_000, packing_steps=140, published_steps=60, gallery=5_000,
-            attribute_images=2_900, bootstrap=2_000),
+            attribute_images=2_900, bootstrap=2_000, train_recipe="cpu_study", train_identities=500, test_identities=100, test_pairs=10_000, stability_steps=150),
     Profile("full", seeds=3, rendered_identities=10_000, rendered_per_identity=50, linear_identities=2_000, packing_steps=450, published_steps=2_000, gallery=10_000,
-            attribute_images=13_000, bootstrap=10_000))}
+            attribute_images=13_000, bootstrap=10_000, train_recipe="vec2face", train_identities=10_000, train_per_identity=50, test_identities=1_000, test_per_identity=20, test_pairs=10_000, stability_steps=2_000))}
 
 def load_profile(name:str # one of `PROFILES`, or a YAML file with the fields of `Profile`
                  ) -> Profile:
