@@ -209,9 +209,9 @@ def rays(cam:dict, width:int, height:int, step:float=1.0, # pixels between rays;
     B = [col(R[:, 2, i]) - A[i]/D for i in range(3)]
     return A, B
 
-# %% ../../nbs/11a_head.ipynb #f410b415
+# %% ../../nbs/11a_head.ipynb #0490c4ca
 def _walk(look, A, B, z, steps:int, extra:float):
-    "A few plain steps towards the surface and one secant: depth there, and what was left before the secant."
+    "A few plain steps towards the surface and one secant: depth there, what was left before the secant, and whether that can be trusted."
     inv = torch.rsqrt(B[0]*B[0] + B[1]*B[1] + B[2]*B[2]); last = at = None
     for k in range(steps):
         x, y, w = (torch.addcmul(A[i], z, B[i]) for i in range(3))
@@ -219,9 +219,8 @@ def _walk(look, A, B, z, steps:int, extra:float):
         den = 1/(n + w).clamp_(min=.05)
         f = n - look(x*den, y*den)
         before, last, there, at, z = last, f, None if last is None else at, z, z - (f*.9 + (extra if k < steps//2 else 0))*inv
-    slope = (last - before)/(at - there)                                            # of f along the ray, about 1 where the ray meets the skin squarely
-    slope = torch.where(slope > .2, slope, .2)
-    return at - (last/slope).clamp(-.06, .06), last
+    went = at - there; slope = torch.where(went.abs() > 1e-5, (last - before)/went, 1.)                                            # of f along the ray, about 1 where the ray meets the skin squarely
+    return at - (last/slope.clamp(min=.2)).clamp(-.06, .06), last, (last.abs() < .02) & (slope > .3)
 
 def _march(look, # (u, v) -> radius there
            A, B, z, steps:int, relax:float, least:float):
@@ -243,7 +242,7 @@ def _march(look, # (u, v) -> radius there
     return torch.where(found, z, where), torch.where(found, 0., best), found
 
 HULL = (1.02, 1.36, 1.26)      # half axes of an ellipsoid that holds every head
-STEPS = (6, 3, 14)             # on every second pixel, on every pixel, again where edges are
+STEPS = (6, 2, 14)             # on every second pixel, on every pixel, again where edges are
 
 def enter(A, B) -> torch.Tensor: # (B, H, W) depth
     "Where rays meet the hull, or come nearest to it: a start close to the skin, also where rays graze it."
@@ -258,11 +257,11 @@ def trace(radius:torch.Tensor, # (B, 1, R, R)
     "The first point of the head on every ray: depth z, coverage 0..1, position, chart coordinates."
     half = size//2; look = lambda u, v: sample(radius, u, v)[:, 0]
     A, B = rays(cam, half, half, 2.)
-    z, left = _walk(look, A, B, enter(A, B), STEPS[0], .03); hit = (left < .02)[:, None].float()
+    z, left, _ = _walk(look, A, B, enter(A, B), STEPS[0], .03); hit = left < .05
     A, B = rays(cam, size, size); up = lambda t: F.interpolate(t, (size, size), mode="bilinear", align_corners=False)[:, 0]
-    where, best = _walk(look, A, B, up(z[:, None]) + .012, STEPS[1], 0.); found = best.abs() < .006
-    front = up(F.max_pool2d(z[:, None], 3, 1, 1))                                   # depth edges and grazing rays: again, from the nearer side
-    index = torch.nonzero(((~found & ((best < .06) | (up(hit) > 0))) | (front - where > .08)).view(-1))[:, 0]
+    where, best, found = _walk(look, A, B, up(z[:, None]) + .012, STEPS[1], 0.)
+    front = F.interpolate(F.max_pool2d(torch.where(hit, z, -9.)[:, None], 3, 1, 1), (size, size))[:, 0]   # of what was hit close by, the nearest
+    index = torch.nonzero(((~found & (front > -2)) | (front - where > .08)).view(-1))[:, 0]      # grazing rays and depth edges: again, from there
     best = torch.where(found, 0., best)
     if len(index):
         index = torch.cat([index, index[-1:].expand(-len(index) % 64)])             # whole vectors: the same bits in any batch

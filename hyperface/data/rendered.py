@@ -406,13 +406,23 @@ def render_faces(n_identities:int,     # how many people
     table = pd.concat([pd.read_parquet((folder/_shard_name(k)).with_suffix(".parquet")) for k in range(-(-total//SHARD))], ignore_index=True)
     return Records(standard_table(table), ShardSource(folder, total), name="rendered")
 
-# %% ../../nbs/11_rendered.ipynb #9bb98466
+# %% ../../nbs/11_rendered.ipynb #49ede2e6
+def _keep_memory() -> None:
+    "Ask glibc to keep what was freed: a renderer asks for the same sizes again and again. For worker processes of our own."
+    import ctypes
+    try: libc = ctypes.CDLL("libc.so.6"); libc.mallopt(-3, 1 << 30); libc.mallopt(-1, (1 << 31) - 1)     # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    except (OSError, AttributeError): pass                                              # not glibc
+
+def _work(spec, k, folder):
+    "A shard in a worker."
+    _keep_memory(); return _shard(spec, k, folder)
+
 def _run(spec, todo, folder, workers):
     "Shards in this process, or in several."
     if workers <= 1: yield from (_shard(spec, k, folder) for k in todo)
     else:
         from joblib import Parallel, delayed
-        yield from Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(_shard)(spec, k, folder) for k in todo)
+        yield from Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(_work)(spec, k, folder) for k in todo)
 
 # %% ../../nbs/11_rendered.ipynb #06321b21
 def broken(images, # (N, 3, H, W) float in [-1, 1]
