@@ -1,8 +1,8 @@
 """The whole paper at the `smoke` profile: every notebook, every table, and what each leaves behind."""
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -52,10 +52,11 @@ def test_no_picture_is_blank(smoke_report):
 
 
 def test_a_second_run_has_nothing_to_do(smoke_report):
-    started = time.monotonic()
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])      # processor time: how busy the machine is does not count
+    before = spent()
     done = subprocess.run([sys.executable, "-m", "hyperface.cli", "reproduce", "--profile", "smoke", "--out", str(smoke_report)], capture_output=True, text=True)
     assert done.returncode == 0 and "up to date" in done.stdout, done.stdout
-    assert time.monotonic() - started < 15
+    assert spent() - before < 15
 
 
 def test_results_in_long_form(smoke_report):
