@@ -167,7 +167,7 @@ def _write_scores(pairs, scores, path:str) -> None:
     names = pairs.records.table["image"].astype(str).to_numpy()
     write_text(path, pd.DataFrame(dict(left=names[pairs.left], right=names[pairs.right], genuine=pairs.labels, fold=pairs.folds, score=scores)).to_csv(index=False))
 
-# %% ../nbs/91_cli.ipynb #3870cea0
+# %% ../nbs/91_cli.ipynb #d32ad3bb
 @command("render people: no photograph, no download", _arg("--identities", type=int, default=100), _arg("--per-identity", type=int, default=10), _arg("--size", type=int, default=112, help="pixels"),
          _arg("--nuisance", type=float, default=1.0, help="0 studio ... 1 street"), _arg("--seed", type=int, default=0), _arg("-o", "--out", required=True, help="folder"))
 def render(args) -> None:
@@ -177,14 +177,15 @@ def render(args) -> None:
 
 @command("pack identities on the sphere", _arg("-n", "--n", type=int, required=True, help="identities"), _arg("--dim", type=int, default=512), _arg("--method", default="hinge", choices=["hinge", "hyperface", "code"]),
          _arg("--steps", type=int, default=None), _arg("--seconds", type=float, default=None), _arg("--seed", type=int, default=0), _arg("--gallery", default=None, help="embeddings to stay near (.npz)"),
-         _arg("--min-anchor-cosine", type=float, default=None, help="how near"), _arg("-o", "--out", required=True, help=".npz"))
+         _arg("--min-anchor-cosine", type=float, default=None, help="how near"), _arg("--checkpoint-every", type=float, default=60., help="seconds"), _arg("-o", "--out", required=True, help=".npz"))
 def pack(args) -> None:
     from hyperface.extraction.embed import Embeddings
     from hyperface.sphere.packing import pack as run
     _check_output(args.out, ".npz")
     gallery = Embeddings.load(args.gallery).vectors if args.gallery else None
     checkpoint = Path(args.out.removesuffix(".npz") + ".checkpoint.npz")
-    result = run(args.n, args.dim, method=args.method, gallery=gallery, min_anchor_cosine=args.min_anchor_cosine, max_steps=args.steps, max_seconds=args.seconds, seed=args.seed, checkpoint=checkpoint)
+    result = run(args.n, args.dim, method=args.method, gallery=gallery, min_anchor_cosine=args.min_anchor_cosine, max_steps=args.steps, max_seconds=args.seconds, seed=args.seed, checkpoint=checkpoint, checkpoint_every=args.checkpoint_every)
+    if int(os.environ.get("RANK", 0)): return                             # under torchrun the first process writes
     result.save(args.out)
     checkpoint.unlink(missing_ok=True)                                    # the work is done; a new run under this name starts anew
     print(f"{result!r}\n-> {args.out}")

@@ -209,7 +209,7 @@ def rays(cam:dict, width:int, height:int, step:float=1.0, # pixels between rays;
     B = [col(R[:, 2, i]) - A[i]/D for i in range(3)]
     return A, B
 
-# %% ../../nbs/11a_head.ipynb #0490c4ca
+# %% ../../nbs/11a_head.ipynb #bb169619
 def _walk(look, A, B, z, steps:int, extra:float):
     "A few plain steps towards the surface and one secant: depth there, what was left before the secant, and whether that can be trusted."
     inv = torch.rsqrt(B[0]*B[0] + B[1]*B[1] + B[2]*B[2]); last = at = None
@@ -241,6 +241,7 @@ def _march(look, # (u, v) -> radius there
         z = torch.where(found, out_z + (in_z - out_z)*(out_f/(out_f - in_f).clamp(min=1e-9)), z - torch.where(f > 0, (f*relax).clamp(min=least), f - least)*inv)
     return torch.where(found, z, where), torch.where(found, 0., best), found
 
+# %% ../../nbs/11a_head.ipynb #d20bd904
 HULL = (1.02, 1.36, 1.26)      # half axes of an ellipsoid that holds every head
 STEPS = (6, 2, 14)             # on every second pixel, on every pixel, again where edges are
 
