@@ -190,7 +190,7 @@ def test_two_processes_compute_what_one_computes(tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
     import hyperface.recognition.train as module
-    monkeypatch.setattr(module.Ranks, "__init__", lambda self, device: self.__dict__.update(rank=0, world=3, owner=False, device=device))
+    monkeypatch.setattr(module.Ranks, "here", lambda device=None: module.Ranks(0, 3))
     with pytest.raises(ConfigError, match="cannot be shared by 3 processes"):
         RecognitionTrainer(TINY, patches())
 
