@@ -11,7 +11,7 @@ from torch import nn
 from hyperface.core import ConfigError, DataError, MissingWeights
 from hyperface.data.records import Records
 from hyperface.extraction.embed import embed_records, load_embedder
-from hyperface.recognition.backbones import (area_matrix, as_embedder, create_model, export_onnx, from_pretrained, list_models, load_arcface_torch, model_costs,
+from hyperface.recognition.backbones import (IResNet, area_matrix, as_embedder, create_model, export_onnx, from_pretrained, list_models, load_arcface_torch, model_costs,
                                              save_pretrained, unit_embeddings)
 
 LAYERS = dict(iresnet18=(2, 2, 2, 2), iresnet34=(3, 4, 6, 3), iresnet50=(3, 4, 14, 3), iresnet100=(3, 13, 30, 3), iresnet200=(6, 26, 60, 6))
@@ -100,6 +100,9 @@ def plain_iresnet(s, layers, x):
             y = F.conv2d(norm(s, f"{p}.bn1", x), s[f"{p}.conv1.weight"], padding=1)
             y = prelu(s[f"{p}.prelu.weight"], norm(s, f"{p}.bn2", y))
             y = norm(s, f"{p}.bn3", F.conv2d(y, s[f"{p}.conv2.weight"], stride=stride, padding=1))
+            if f"{p}.se.fc1.weight" in s:
+                hidden = (y.mean((2, 3)) @ s[f"{p}.se.fc1.weight"].T + s[f"{p}.se.fc1.bias"]).clamp(min=0)
+                y = y/(1 + torch.exp(-(hidden @ s[f"{p}.se.fc2.weight"].T + s[f"{p}.se.fc2.bias"])))[:, :, None, None]
             if i == 0:
                 x = norm(s, f"{p}.downsample.1", F.conv2d(x, s[f"{p}.downsample.0.weight"], stride=stride))
             x = x + y
@@ -138,19 +141,27 @@ def test_iresnet_has_the_published_names_and_shapes(name):
     assert parameters - sum(p.numel() for p in model.parameters() if p.requires_grad) == 512  # the scale of `features` is fixed
 
 
+def test_squeeze_and_excitation_stands_in_every_block_and_nowhere_else():
+    with torch.device("meta"):
+        plain, squeezed = create_model("iresnet50").state_dict(), create_model("iresnet50_se").state_dict()
+    more = {k: v for k, v in squeezed.items() if k not in plain}
+    assert {k: v.shape for k, v in plain.items()} == {k: squeezed[k].shape for k in plain}
+    assert set(more) == {k.replace("bn3.weight", f"se.{fc}.{p}") for k in plain if k.endswith("bn3.weight") for fc in ("fc1", "fc2") for p in ("weight", "bias")}
+
+
 def test_mobilefacenet_has_the_published_names_and_shapes():
     assert {k: tuple(v.shape) for k, v in create_model("mobilefacenet").state_dict().items()} == mobile_names()
     assert len(mobile_names()) == 333
 
 
-@pytest.mark.parametrize("name", ["iresnet18", "iresnet34"])
+@pytest.mark.parametrize("name", ["iresnet18", "iresnet34", "iresnet18_se"])
 def test_iresnet_computes_what_its_description_says(name):
-    model = shaken(create_model(name))
+    model = shaken(IResNet(name, LAYERS["iresnet18"], squeeze=True) if name.endswith("_se") else create_model(name))
     x = torch.rand(1, 3, 112, 112, generator=torch.Generator().manual_seed(1), dtype=torch.float64)*2 - 1
     with torch.no_grad():
         single = model(x.float()).double()
         model = model.double()  # in double precision nothing but the order of operations is left to differ
-        ours, plain = model(x), plain_iresnet(model.state_dict(), LAYERS[name], x)
+        ours, plain = model(x), plain_iresnet(model.state_dict(), LAYERS[name.removesuffix("_se")], x)
     assert ours.std() > .1
     torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
     assert (single - plain).norm() < 1e-4*plain.norm()
@@ -187,7 +198,7 @@ def test_a_seed_makes_the_weights_and_leaves_the_global_generator_alone():
 
 
 def test_list_and_costs():
-    assert list_models() == [*LAYERS, "mobilefacenet", "resnet_tiny"]
+    assert list_models() == [*LAYERS, "iresnet50_se", "mobilefacenet", "resnet_tiny"]
     costs = model_costs(["resnet_tiny", "iresnet18"], 64)
     assert costs.multiplications["resnet_tiny"] < costs.multiplications["iresnet18"]/10
     by_hand = 64*64*64*27 + sum(((side*2)**2*inside*out + side**2*out*out)*9 + side**2*inside*out + 2*side**2*out*out*9

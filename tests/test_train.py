@@ -250,6 +250,17 @@ def test_a_task_without_any_label_is_refused():
         RecognitionTrainer(replace(TINY, tasks=("gender",)), patches())
 
 
+def test_weights_and_ramps_of_tasks_reach_the_loss():
+    first = lambda **changes: RecognitionTrainer(replace(TINY, tasks=("age", "gender"), **changes), attributed()).fit(stop_at=1).history[0]
+    plain, zero, heavy, ramped = first(), first(task_weights=(0., 0.)), first(task_weights=(0., 2.)), first(task_weights=(3., 2.), task_ramps=(1., 1.))
+    assert heavy["gender_loss"] == pytest.approx(plain["gender_loss"]) and heavy["gender_loss"] > 0
+    assert zero["loss"] == pytest.approx(zero["identity_loss"], rel=1e-6)
+    assert heavy["loss"] == pytest.approx(zero["loss"] + 2 * heavy["gender_loss"], rel=1e-5)
+    assert ramped["loss"] == pytest.approx(zero["loss"], rel=1e-6)             # the first step of a ramp counts nothing
+    with pytest.raises(ConfigError, match="task_ramps must have one number for each task"):
+        replace(TINY, tasks=("age", "gender"), task_ramps=(1.,))
+
+
 def test_a_mirrored_image_has_a_mirrored_pose():
     config = replace(TINY, tasks=("pose",), augment=replace(NO_AUGMENT, flip=.5))
     trainer = RecognitionTrainer(config, patches(yaw=np.full(96, 20.), pitch=np.full(96, 3.), roll=np.full(96, -4.)))
@@ -283,7 +294,7 @@ def test_a_disk_that_fills_up_says_so_and_the_run_goes_on_later(tmp_path):
 
 def test_the_appendix_recipe_says_what_is_printed():
     paper, ours = printed("vec2face_table2").set_index("setting")["value"], RECIPES["vec2face"]
-    assert ours.head == paper["Head"].lower() and "iresnet50" == ours.backbone and paper["Backbone"] == "SE-IR50"
+    assert ours.head == paper["Head"].lower() and "iresnet50_se" == ours.backbone and paper["Backbone"] == "SE-IR50"
     assert f"{ours.image_size}×{ours.image_size}" == paper["Input Size"]
     for name, value in (("Batch Size", ours.batch), ("Learning Rate", ours.lr), ("Weight Decay", ours.weight_decay), ("Momentum", ours.momentum), ("Epochs", ours.epochs), ("Margin", ours.margin), ("Sample Rate", ours.sample_rate)):
         assert number(paper[name]) == value, name

@@ -181,7 +181,7 @@ class PixelStore:
     def __getitem__(self, rows) -> np.ndarray:
         return self.array[rows] if self.array is not None else np.stack([self._one(i) for i in rows])
 
-# %% ../../nbs/74_train.ipynb #ab2b45b8
+# %% ../../nbs/74_train.ipynb #238bb7a2
 HEADS = ("arcface", "cosface", "sphereface", "softmax", "adaface")
 
 @dataclass(frozen=True)
@@ -199,6 +199,8 @@ class TrainConfig:
     attention: Literal["none", "demographic"] = "none" # demographic attention on the features
     tasks: tuple[str, ...] = ()           # of pose, age, expression, gender, ethnicity: heads of eq. 10
     weighting: Literal["fixed", "learnt"] = "fixed" # of the tasks' losses, see `HyperFaceLoss`
+    task_weights: tuple[float, ...] = ()  # lambda of each task, in their order; empty: those of `HyperFaceLoss`
+    task_ramps: tuple[float, ...] = ()    # epochs in which each task's weight rises from nothing; empty: at once
     group_weight: float = .1              # of the group labels' loss, with attention
     epochs: int = 20                      # passes over the data
     batch: int = 128                      # images a step, over all processes
@@ -227,14 +229,17 @@ class TrainConfig:
         if not 0 <= self.momentum < 1: raise ConfigError("momentum must lie in [0, 1)", self.momentum)
         if not 0 < self.sample_rate <= 1: raise ConfigError("sample_rate must lie in (0, 1]", self.sample_rate)
         if self.warmup > self.epochs: raise ConfigError("warmup is longer than the training", self.warmup)
+        for name in ("task_weights", "task_ramps"):
+            if getattr(self, name) and len(getattr(self, name)) != len(self.tasks): raise ConfigError(f"{name} must have one number for each task", getattr(self, name), f"Tasks: {', '.join(self.tasks) or 'none'}")
+        if not all(0 <= r < math.inf for r in self.task_ramps): raise ConfigError("task_ramps must be at least 0", self.task_ramps)
         if unknown := set(self.tasks) - set(TASKS): raise ConfigError("tasks names an unknown task", sorted(unknown), "Tasks: " + ", ".join(TASKS))
 
-# %% ../../nbs/74_train.ipynb #c67a7499
+# %% ../../nbs/74_train.ipynb #26f3afd2
 _FLIP = replace(NO_AUGMENT, flip=.5)
 _SMALL = TrainConfig(recipe="cpu", backbone="resnet_tiny", image_size=40, embedding_dim=128, epochs=6, batch=64, lr=.1, schedule="cosine", warmup=.5, scale=24., ema=None,
                      augment=AugmentConfig(low=.05, blur=.05, jpeg=0.), validate_every=.5, checkpoint_every=200)
 RECIPES = {
-    "vec2face": TrainConfig(recipe="vec2face", backbone="iresnet50", head="arcface", margin=.5, scale=64., epochs=26, batch=128, lr=.1, schedule="steps", drops=(12., 20., 24.), clip=None, augment=AugmentConfig(erase=.5)),
+    "vec2face": TrainConfig(recipe="vec2face", backbone="iresnet50_se", head="arcface", margin=.5, scale=64., epochs=26, batch=128, lr=.1, schedule="steps", drops=(12., 20., 24.), clip=None, augment=AugmentConfig(erase=.5)),
     "insightface": TrainConfig(recipe="insightface", backbone="iresnet50", head="arcface", margin=.5, scale=64., epochs=20, batch=128, lr=.1, schedule="poly", clip=5., augment=_FLIP),
     "cpu_smoke": replace(_SMALL, recipe="cpu_smoke", epochs=3, batch=32, validate_every=1.),
     "cpu_quick": replace(_SMALL, recipe="cpu_quick"),
@@ -336,7 +341,7 @@ def join_norms(module):
         elif type(m) is torch.nn.BatchNorm2d: m.__class__ = JointNorm2d
     return module
 
-# %% ../../nbs/74_train.ipynb #fe510085
+# %% ../../nbs/74_train.ipynb #a502f009
 class Recogniser(torch.nn.Module):
     "Backbone, margin head and task heads: `forward(images, labels, targets)` gives the loss and its parts."
     def __init__(self, config:TrainConfig, n_classes:int):
@@ -347,7 +352,7 @@ class Recogniser(torch.nn.Module):
         self.backbone = create_model(c.backbone, embedding_dim=c.embedding_dim, image_size=c.image_size, dropout=c.dropout, attention=attention, seed=c.seed)
         self.head, self.tasks, self.hyper = build_head(c, n_classes), None, None
         if c.tasks:
-            self.tasks, self.hyper = MultiTaskHeads(c.embedding_dim, c.tasks, seed=c.seed), HyperFaceLoss(c.tasks, mode=c.weighting, identity=self.head.loss)
+            self.tasks, self.hyper = MultiTaskHeads(c.embedding_dim, c.tasks, seed=c.seed), HyperFaceLoss(c.tasks, dict(zip(c.tasks, c.task_weights)), c.weighting, identity=self.head.loss)
         self.half = None                                                                   # dtype of autocast, set by the trainer
     def features(self, images): # (B, D) float32, any length; group posteriors' logits where there is attention
         "Embeddings in the precision that the trainer chose."
@@ -356,11 +361,11 @@ class Recogniser(torch.nn.Module):
             x, groups = self.backbone(images, return_groups=True)
             return x.float(), groups
     def embed(self, images): return self.features(images)[0]
-    def forward(self, images, labels, targets=None):
+    def forward(self, images, labels, targets=None, step=None):
         x, groups = self.features(images)
         if self.hyper is None: loss, parts = self.head.loss(x, labels), {}
         else:
-            loss, report = self.hyper(self.tasks(x), {**targets, "identity": labels}, x)
+            loss, report = self.hyper(self.tasks(x), {**targets, "identity": labels}, x, step)
             parts = {f"{task}_loss": float(r["loss"]) for task, r in report.items() if r["count"]}
         if groups:
             extra = group_loss(groups, targets["ethnicity"]); loss = loss + self.config.group_weight*extra; parts["group_loss"] = float(extra.detach())
@@ -432,7 +437,7 @@ def held_out_pairs(records:Records,   # with identities
     try: return records.select(~out), draw_pairs(rest, n, n, seed, folds=folds)
     except DataError: return records.select(~out), draw_pairs(rest, n, n, seed, folds=1)   # folds of unlike size
 
-# %% ../../nbs/74_train.ipynb #227969f6
+# %% ../../nbs/74_train.ipynb #a0590feb
 class RecognitionTrainer:
     "Trains a face recogniser; the same call continues a run that was interrupted."
     def __init__(self, config:TrainConfig,  # see `recipe`
@@ -464,6 +469,7 @@ class RecognitionTrainer:
         c = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(c.seed, "weights")); self.network = Recogniser(c, self.n_classes)
+        if c.task_ramps: self.network.hyper.schedule = {t: (0, round(r*self.per_epoch)) for t, r in zip(c.tasks, c.task_ramps)}
         self.network.half = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)[self.precision]
         self.network.to(self.device, memory_format=torch.channels_last).train()
         if self.ranks.size > 1: join_norms(self.network)
@@ -517,7 +523,7 @@ def rate_at(self, step:int) -> float:
 
 RecognitionTrainer.batch, RecognitionTrainer.rate_at = batch, rate_at
 
-# %% ../../nbs/74_train.ipynb #1d751734
+# %% ../../nbs/74_train.ipynb #53188729
 def train_step(self, step:int, images, labels, targets, rows) -> dict: # the line of the log
     "One optimisation step, taken only if loss and gradient are finite in every process."
     c, started = self.config, time.perf_counter()
@@ -530,7 +536,7 @@ def train_step(self, step:int, images, labels, targets, rows) -> dict: # the lin
     if self.ranks.largest(float(bool(bad))): bad = bad or "an image of another process"
     else:
         x = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        loss, parts = self.model(x, labels.to(self.device), None if targets is None else {k: v.to(self.device) for k, v in targets.items()})
+        loss, parts = self.model(x, labels.to(self.device), None if targets is None else {k: v.to(self.device) for k, v in targets.items()}, step)
         value = float(loss.detach())
         if self.ranks.largest(float(not math.isfinite(value))): bad = "the loss" if all(torch.isfinite(p).all() for p in self.network.parameters()) else "the weights"
     if not bad:
@@ -734,12 +740,12 @@ def plot_result(result:TrainResult):
         b.set(xlabel="epoch", ylabel="per cent", ylim=(0, 100), title="pairs of other people"); b.legend()
     return fig
 
-# %% ../../nbs/74_train.ipynb #7c0281de
-def _code_key(config:TrainConfig) -> str:
+# %% ../../nbs/74_train.ipynb #179f3f60
+def _code_key() -> str:
     "A hash of the modules that a training depends on."
     import importlib.util
     from hyperface.core import file_key
-    names = ["train", "margins", "backbones"] + ["multitask"]*bool(config.tasks) + ["attention"]*(config.attention != "none")
+    names = ["train", "margins", "backbones", "multitask", "attention"]
     specs = [importlib.util.find_spec(f"hyperface.recognition.{n}") for n in names]
     return content_key(*[file_key(s.origin) for s in specs if s is not None])
 
@@ -750,6 +756,6 @@ def cached_training(config:TrainConfig, records:Records,
     names = records.table["image"].astype(str).to_numpy(str)
     some = np.stack([records.pixels(int(i)) for i in np.unique(np.linspace(0, len(records) - 1, 32).astype(int))])
     watched = "" if validation is None else [validation.left, validation.right]
-    folder = cache_dir("recognition")/content_key(_code_key(config), asdict(config), names, records.codes, some, *watched)
+    folder = cache_dir("recognition")/content_key(_code_key(), asdict(config), names, records.codes, some, *watched)
     if (folder/"result.json").exists(): return load_run(folder)
     return RecognitionTrainer(config, records, validation, folder, device=device).fit()
