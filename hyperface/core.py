@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['HyperfaceError', 'DataError', 'MissingWeights', 'ConfigError', 'project_root', 'data_dir', 'models_dir', 'runs_dir',
-           'cache_dir', 'find_model', 'derive_seed', 'rng', 'torch_rng', 'best_device', 'cpu_count', 'thread_count',
-           'set_threads', 'atomic_path', 'write_bytes', 'write_text', 'write_json', 'read_json', 'write_npz',
-           'read_npz', 'content_key', 'file_key', 'progress', 'git_commit', 'package_versions', 'provenance']
+           'cache_dir', 'find_model', 'derive_seed', 'rng', 'torch_rng', 'best_device', 'fast_bfloat16', 'cpu_count',
+           'thread_count', 'set_threads', 'atomic_path', 'write_bytes', 'write_text', 'write_json', 'read_json',
+           'write_npz', 'read_npz', 'content_key', 'file_key', 'progress', 'git_commit', 'package_versions',
+           'provenance']
 
 # %% ../nbs/00_core.ipynb #98884f1d
 import contextlib, hashlib, importlib.metadata, json, os, platform, subprocess, sys, tempfile, time
@@ -105,7 +106,7 @@ def torch_rng(seed:int, *keys, device="cpu"):
     import torch
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))
 
-# %% ../nbs/00_core.ipynb #992506bf
+# %% ../nbs/00_core.ipynb #d9038ed2
 def best_device(name:str|None=None # "cpu", "cuda", "cuda:1", "mps"; None takes a GPU where there is one
                 ):
     "A `torch.device`; an error if the one asked for is not there."
@@ -115,6 +116,15 @@ def best_device(name:str|None=None # "cpu", "cuda", "cuda:1", "mps"; None takes 
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("No CUDA device on this machine", name, "Use device='cpu'")
     return device
+
+def fast_bfloat16(device # torch device, or its name
+                  ) -> bool:
+    "Whether bfloat16 is multiplied in hardware there: a newer GPU, or a processor with AMX or AVX512-BF16. Elsewhere it is several times slower than float32."
+    import torch
+    kind = torch.device(device).type
+    if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    asked = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    return kind == "cpu" and any(ask() for ask in asked if ask is not None)
 
 def cpu_count() -> int:
     "Processors this process may use (containers and `taskset` counted)."

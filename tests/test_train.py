@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from hyperface.core import ConfigError, DataError
+from hyperface.core import ConfigError, DataError, fast_bfloat16
 from hyperface.data.pairs import draw_pairs
 from hyperface.data.records import Records
 from hyperface.loop import read_log
-from hyperface.recognition.train import NO_AUGMENT, RECIPES, RecognitionTrainer, bf16_in_hardware, class_labels, load_run, recipe
+from hyperface.recognition.train import NO_AUGMENT, RECIPES, RecognitionTrainer, class_labels, load_run, recipe
 from hyperface.report.printed import number, printed
 
 torch.set_num_threads(1)                                         # as in the processes below: sums are added in the same order
@@ -319,7 +319,7 @@ def test_bf16_on_a_cpu_trains_and_warns_where_it_is_slow():
     assert result.history[0]["loss"] == pytest.approx(plain.history[0]["loss"], rel=.05)
 
 
-@pytest.mark.skipif(bf16_in_hardware(), reason="this CPU has bf16")
+@pytest.mark.skipif(fast_bfloat16("cpu"), reason="this CPU has bf16")
 def test_auto_precision_does_not_take_emulated_bf16():
     with pytest.warns(UserWarning, match="emulates bf16"):
         RecognitionTrainer(replace(TINY, precision="bf16"), patches())

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NO_AUGMENT', 'HEADS', 'RECIPES', 'uniforms', 'AugmentConfig', 'augment', 'PixelStore', 'TrainConfig', 'recipe',
-           'bf16_in_hardware', 'resolve_precision', 'batch_rows', 'steps_per_epoch', 'class_labels', 'JointNorm1d',
-           'JointNorm2d', 'join_norms', 'Recogniser', 'task_targets', 'build_head', 'embed_store', 'verify_network',
-           'held_out_pairs', 'RecognitionTrainer', 'batch', 'rate_at', 'train_step', 'fit', 'TrainResult',
-           'save_result', 'load_run', 'plot_result', 'cached_training']
+           'resolve_precision', 'batch_rows', 'steps_per_epoch', 'class_labels', 'JointNorm1d', 'JointNorm2d',
+           'join_norms', 'Recogniser', 'task_targets', 'build_head', 'embed_store', 'verify_network', 'held_out_pairs',
+           'RecognitionTrainer', 'batch', 'rate_at', 'train_step', 'fit', 'TrainResult', 'save_result', 'load_run',
+           'plot_result', 'cached_training']
 
-# %% ../../nbs/74_train.ipynb #5e7aa513
+# %% ../../nbs/74_train.ipynb #c53f34f7
 import contextlib, dataclasses, math, os, time, warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import from_dict, from_yaml, to_yaml
-from ..core import ConfigError, DataError, atomic_path, best_device, cache_dir, content_key, derive_seed, progress, read_json, rng, thread_count, write_json, write_text
+from ..core import ConfigError, DataError, atomic_path, best_device, cache_dir, content_key, derive_seed, fast_bfloat16, progress, read_json, rng, thread_count, write_json, write_text
 from ..data.images import fit_image
 from ..data.records import Records, source_rows
 from ..extraction.embed import prefetched
@@ -260,22 +260,15 @@ def recipe(name:str,  # one of `RECIPES`, or a YAML file with the fields of `Tra
     elif isinstance(changes.get("augment"), AugmentConfig): changes["augment"] = asdict(changes["augment"])
     return from_dict(TrainConfig, plain | changes)
 
-# %% ../../nbs/74_train.ipynb #bb56d393
-def bf16_in_hardware() -> bool:
-    "Whether this CPU multiplies bfloat16 in hardware (AMX or AVX512-BF16)."
-    asked = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return any(bool(ask()) for ask in asked if ask is not None)
-
+# %% ../../nbs/74_train.ipynb #dd7a7cf2
 def resolve_precision(wanted:str, # "auto", "float32", "bf16" or "fp16"
                       device,     # torch device
                       ) -> str:   # "float32", "bf16" or "fp16"
     "What `auto` means on a device; a warning where the choice will be slow, an error where it cannot work."
     kind = torch.device(device).type
-    if wanted == "auto":
-        if kind == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return "bf16" if kind == "cpu" and bf16_in_hardware() else "float32"
+    if wanted == "auto": return "bf16" if fast_bfloat16(device) else "fp16" if kind == "cuda" else "float32"
     if wanted == "fp16" and kind != "cuda": raise ConfigError("fp16 needs a CUDA device: its gradients have to be scaled", str(device), "Use precision='auto' or 'bf16'")
-    if wanted == "bf16" and kind == "cpu" and not bf16_in_hardware(): warnings.warn("This CPU emulates bf16: expect a tenth of float32's speed. precision='auto' takes the faster of the two")
+    if wanted == "bf16" and kind == "cpu" and not fast_bfloat16(device): warnings.warn("This CPU emulates bf16: expect a tenth of float32's speed. precision='auto' takes the faster of the two")
     return wanted
 
 # %% ../../nbs/74_train.ipynb #9ed1f390

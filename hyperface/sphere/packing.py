@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PackResult', 'load_packing', 'leading_subspace', 'certify', 'closest_pair', 'nearest_rows',
-           'PublishedObjective', 'fast_bfloat16', 'contact_curvature', 'hinge_gradient', 'to_caps', 'Hinge',
-           'json_text', 'SmoothMaximum', 'thin', 'start_points', 'shake', 'even_out', 'is_small', 'default_steps',
-           'pack', 'extend']
+           'PublishedObjective', 'contact_curvature', 'hinge_gradient', 'to_caps', 'Hinge', 'json_text',
+           'SmoothMaximum', 'thin', 'start_points', 'shake', 'even_out', 'is_small', 'default_steps', 'pack', 'extend']
 
-# %% ../../nbs/32_packing.ipynb #2cf49b87
+# %% ../../nbs/32_packing.ipynb #fd9e61fc
 import contextlib, itertools, math, time
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, ConfigError, atomic_path, best_device, content_key, progress, read_npz, rng, torch_rng, write_npz
+from ..core import ConfigError, DataError, atomic_path, best_device, content_key, fast_bfloat16, progress, read_npz, rng, torch_rng, write_npz
 from .bounds import best_bound, isostatic_cosine, random_reference
 from .codes import best_code, code_points
 from .geometry import check_vectors, nearest_neighbours, unit
@@ -281,13 +280,7 @@ class PublishedObjective:
         self.k, self.max_cos = int(state["k"]), float(state["max_cos"])
         self.history = [dict(zip(("step", "seconds", "cpu", "loss", "max_cos"), row)) | {"step": int(row[0])} for row in state["history"].tolist()]
 
-# %% ../../nbs/32_packing.ipynb #64b8a776
-def fast_bfloat16(device) -> bool:
-    "Whether bfloat16 products are worth it: CUDA, or a processor with AMX tiles."
-    import torch
-    if device.type == "cuda": return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-
+# %% ../../nbs/32_packing.ipynb #5dcc30d8
 def contact_curvature(q:float, # contacts per point
                       d:int,   # dimension
                       ) -> float:
