@@ -144,6 +144,14 @@ def test_warp_does_not_depend_on_its_neighbours():
         torch.testing.assert_close(A.warp(x, G, together=together), alone, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("h,w,margins", [(16, 16, (0, 0, 0, 0)), (9, 14, (13, 3, 0, 8)), (2, 3, (1, 1, 2, 1))])
+def test_both_ways_of_doubling_are_one(h, w, margins):
+    x, taps = rough(2, h, w), A.setup_filter(A.SYM6)
+    left, top, right, bottom = margins
+    want = A.upsample2d(torch.nn.functional.pad(x, (left, right, top, bottom), mode="reflect"), taps)
+    torch.testing.assert_close(A._double(x, margins, taps), want, atol=2e-6, rtol=0)
+
+
 def test_nothing_moved_is_nothing_changed():
     x = rough(3, 17, 23)
     torch.testing.assert_close(A.warp(x, torch.eye(3).repeat(3, 1, 1)), x, atol=3e-6, rtol=0)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COINS', 'UNIFORM', 'NORMAL', 'SYM6', 'SYM2', 'GROUPS', 'SIZES', 'AUGPIPES', 'translate2d', 'scale2d', 'rotate2d',
-           'invert2d', 'Draws', 'sample_geometry', 'warp', 'fold', 'is_blit', 'blit', 'translate3d', 'scale3d',
-           'rotate3d', 'reflect3d', 'stretch3d', 'sample_colour', 'recolour', 'band_filters', 'sample_gains', 'amplify',
-           'sample_sigma', 'sample_hole', 'add_noise', 'cut', 'AugmentPipe', 'augment_pipe', 'next_p', 'AdaController']
+           'invert2d', 'Draws', 'sample_geometry', 'fold', 'doubling', 'warp', 'is_blit', 'blit', 'translate3d',
+           'scale3d', 'rotate3d', 'reflect3d', 'stretch3d', 'sample_colour', 'recolour', 'band_filters', 'sample_gains',
+           'amplify', 'sample_sigma', 'sample_hole', 'add_noise', 'cut', 'AugmentPipe', 'augment_pipe', 'next_p',
+           'AdaController']
 
 # %% ../../nbs/52_augment.ipynb #b3f4e208
 import math
@@ -120,7 +121,34 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
         0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148)
 SYM2 = (-0.12940952255092145, 0.22414386804185735, 0.836516303737469, 0.48296291314469025)
 
-# %% ../../nbs/52_augment.ipynb #76d74a7f
+# %% ../../nbs/52_augment.ipynb #5415acf6
+def fold(i:torch.Tensor, # whole numbers, any
+         size:int,       # of the axis
+         ) -> torch.Tensor: # the same shape, in 0..size-1
+    "Where a mirror that does not repeat the edge pixel shows i: ... 2 1 0 1 2 ..."
+    period = max(2*(size - 1), 1)
+    i = i.remainder(period)
+    return torch.minimum(i, period - i) if size > 1 else i*0
+
+def doubling(size:int,             # pixels of one axis
+             before:int, after:int, # pixels of mirror image around it
+             taps:torch.Tensor,    # (k,) even number of taps, sum 1
+             ) -> torch.Tensor:    # (2 (before + size + after), size)
+    "Mirroring and doubling of one axis as a matrix."
+    total, k = before + size + after, len(taps)
+    u, j = torch.arange(2*total, device=taps.device)[:, None], torch.arange(k//2, device=taps.device)
+    source = torch.div(u + k//2 - 1, 2, rounding_mode="floor") - j                   # mirrored pixels that the filter touches, (2 total, k/2)
+    weight = torch.where((source >= 0) & (source < total), 2*taps[u + k//2 - 1 - 2*source], 0.)
+    return taps.new_zeros(2*total, size).scatter_add(1, fold(source.clamp(0, total - 1) - before, size), weight)
+
+def _double(x, margins, taps):
+    "Mirror and double a batch."
+    left, top, right, bottom = margins
+    if x.device.type != "cpu": return upsample2d(F.pad(x, (left, right, top, bottom), mode="reflect"), taps)
+    across, down = doubling(x.shape[3], left, right, taps).to(x.dtype), doubling(x.shape[2], top, bottom, taps).to(x.dtype)
+    return down @ (x @ across.T)                                                     # (N, C, H', W')
+
+# %% ../../nbs/52_augment.ipynb #22e8757c
 def _margins(inverse, width:int, height:int, extra:int):
     "(N, 4) pixels of mirror image needed on the left, top, right and bottom."
     cx, cy = (width - 1)/2, (height - 1)/2
@@ -150,7 +178,7 @@ class _Spread(torch.autograd.Function):
 def _warp(images, inverse, margins, taps):
     "Mirror, double, read, halve: one batch with common margins."
     (n, c, h, w), (left, top, right, bottom), around = images.shape, margins, len(taps)//4
-    x = upsample2d(F.pad(images, (left, right, top, bottom), mode="reflect"), taps)
+    x = _double(images, margins, taps)
     A, t = inverse[:, :2, :2], inverse[:, :2, 2] + .5*inverse.new_tensor([left - right, top - bottom])
     t = 2*t + .5*A.sum(2) - .5                                                       # the same map on the doubled image
     inside, outside = t.new_tensor([x.shape[3], x.shape[2]]), t.new_tensor([2*(w + 2*around), 2*(h + 2*around)])
@@ -161,27 +189,19 @@ def _warp(images, inverse, margins, taps):
 def warp(images:torch.Tensor, # (N, C, H, W)
          G:torch.Tensor,      # (N, 3, 3): where source pixels go
          taps:torch.Tensor|None=None, # orthogonal low-pass, sum 1; None takes sym6
-         together:int|None=None, # images in one pass; None takes 2 on a CPU and all of them elsewhere
+         together:int|None=None, # images in one pass; None takes 4 on a CPU and all of them elsewhere
          ) -> torch.Tensor:   # (N, C, H, W)
     "Move the pixels; images that need about as much mirror go together."
     n, taps = len(images), setup_filter(SYM6, device=images.device) if taps is None else taps
     inverse = invert2d(G)
     margins = _margins(inverse, images.shape[3], images.shape[2], 2*(len(taps)//4)).cpu() # (N, 4)
-    together = together or (2 if images.device.type == "cpu" else n)
+    together = together or (4 if images.device.type == "cpu" else n)
     if n <= together: return _warp(images, inverse, margins.amax(0).tolist(), taps)
     order = margins.sum(1).argsort(stable=True)
     parts = [_warp(images[rows], inverse[rows], margins[rows].amax(0).tolist(), taps) for rows in order.split(together)]
     return torch.cat(parts)[order.argsort()]
 
-# %% ../../nbs/52_augment.ipynb #829d7a11
-def fold(i:torch.Tensor, # whole numbers, any
-         size:int,       # of the axis
-         ) -> torch.Tensor: # the same shape, in 0..size-1
-    "Where a mirror that does not repeat the edge pixel shows i: ... 2 1 0 1 2 ..."
-    period = max(2*(size - 1), 1)
-    i = i.remainder(period)
-    return torch.minimum(i, period - i) if size > 1 else i*0
-
+# %% ../../nbs/52_augment.ipynb #c1cefe58
 def is_blit(G:torch.Tensor) -> torch.Tensor: # (N,) bool
     "Whether the map only flips, turns by quarters and shifts by whole pixels."
     return (G == G.round()).flatten(1).all(1) & (G[:, :2, :2].abs().sum((1, 2)) == 2)
@@ -197,7 +217,7 @@ def blit(images:torch.Tensor, # (N, C, H, W), height and width both even or both
     column, row = fold((source[:, 0] + (w - 1)/2).round().long(), w), fold((source[:, 1] + (h - 1)/2).round().long(), h)
     return images.flatten(2).gather(2, (row*w + column)[:, None].expand(n, c, h*w)).reshape(n, c, h, w)
 
-# %% ../../nbs/52_augment.ipynb #8e2dd129
+# %% ../../nbs/52_augment.ipynb #22757b4f
 def translate3d(x, y, z): return _matrix([1, 0, 0, x], [0, 1, 0, y], [0, 0, 1, z], [0, 0, 0, 1])
 def scale3d(x, y, z): return _matrix([x, 0, 0, 0], [0, y, 0, 0], [0, 0, z, 0], [0, 0, 0, 1])
 
@@ -213,7 +233,7 @@ def _affine(M):
 
 def rotate3d(axis, angle:torch.Tensor # (N,) radians, counter-clockwise seen from the tip of the axis
              ) -> torch.Tensor:       # (N, 4, 4)
-    "A turn about an axis through black-grey 0 (Rodrigues)."
+    "A turn about an axis through middle grey, (0, 0, 0) (Rodrigues)."
     along, across, cross = _split(axis, angle.device)
     return _affine(along + angle.cos()[:, None, None]*across + angle.sin()[:, None, None]*cross)
 
