@@ -41,7 +41,7 @@ def invert2d(G:torch.Tensor # (N, 3, 3), last row 0 0 1
     top = torch.cat([A, -A @ G[:, :2, 2:]], 2)                                       # (N, 2, 3)
     return torch.cat([top, G[:, 2:]], 1)
 
-# %% ../../nbs/52_augment.ipynb #f571d1b1
+# %% ../../nbs/52_augment.ipynb #695dda3e
 COINS = ("xflip", "rotate90", "xint", "scale", "before", "aniso", "after", "xfrac", "brightness", "contrast", "lumaflip", "hue", "saturation",
          "band0", "band1", "band2", "band3", "noise", "cutout")
 UNIFORM = ("xflip", "rotate90", "xint_x", "xint_y", "before", "after", "lumaflip", "hue", "cutout_x", "cutout_y")
@@ -57,7 +57,7 @@ class Draws:
                  ):
         if not (math.isfinite(p) and p >= 0): raise ConfigError("p, the overall probability, must be a number >= 0", p, "Set it with pipe.p.fill_(0.)")
         if percentile is not None and not 0 < percentile < 1: raise ConfigError("debug_percentile must lie strictly between 0 and 1", percentile)
-        self.n, self.p, self.percentile, self.device = n, float(p), percentile, torch.device(device)
+        self.n, self.p, self.percentile, self.device = n, float(p), None if percentile is None else float(percentile), torch.device(device)
         if percentile is not None: return
         where = dict(generator=generator, device=self.device if generator is None else generator.device)
         self._coin, self._uniform = (torch.rand(len(names), n, **where).to(self.device) for names in (COINS, UNIFORM))
