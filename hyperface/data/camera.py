@@ -123,7 +123,7 @@ def head_layer(p:dict, size:int, view:int, upright:bool):
     hit.update(albedo=flat.view(3, *u.shape), gloss=gloss.view_as(u), flow=flow.view_as(u), N=normals(hit, m), hollow=m[:, 3], hair=cover, pixel=pixel)
     return hit, cam, light, maps
 
-# %% ../../nbs/11d_camera.ipynb #fc828c6b
+# %% ../../nbs/11d_camera.ipynb #5959d9af
 def body_layers(p:dict, cam:dict, size:int, pixel, cover):
     "Neck and shoulders in a frame that follows the head only in part: two layers of the pixels that the head leaves free."
     turn = rotation(.45*p["yaw"], .15*p["pitch"], .4*p["roll"])
@@ -131,15 +131,23 @@ def body_layers(p:dict, cam:dict, size:int, pixel, cover):
     index, q = gather((cover < .99) & (A[1] < -.25), p, "male child weight skin_tone tan yellow neckline cloth_r cloth_g cloth_b view_pixel")
     if index is None: return [], turn
     images = torch.div(index, size*size, rounding_mode="floor"); a, b = ([t.reshape(-1).index_select(0, index) for t in L] for L in (A, B)); px = q["view_pixel"]
-    wide = .47 + .10*q["male"]*(1 - q["child"]) - .10*q["child"] + .6*q["weight"]
-    z, _, c, N = quadric(a, b, (0., 0., -.10), (wide, 1e3, .50 + 0*wide), px)
-    x, y = a[0] + z*b[0], a[1] + z*b[1]
-    skin = skin_colour(q["skin_tone"] + q["tan"] + .04, .34 + 0*px, q["yellow"]); cloth = torch.stack([q[f"cloth_{k}"] for k in "rgb"])
-    collar = -1.36 + .5*q["neckline"]*x.abs() - .2*q["neckline"]
-    common = dict(index=index, images=images, B=B)
-    neck = dict(common, z=z, cover=c*(y < -.30), albedo=mix(skin, cloth, step((collar - y)/(1.5*px) + .5)), N=N, ao=.30 + .55*smooth((-.95 - y)*1.6))
-    z, _, c, N = quadric(a, b, (0., -2.52, -.25), (1.9 + 0*px, 1.05, .78), px)
-    return [neck, dict(common, z=z, cover=c, albedo=cloth, N=N, ao=.8 + 0*z)], turn
+    wide = .47 + .10*q["male"]*(1 - q["child"]) - .10*q["child"] + .6*q["weight"]; layers = []
+    def some(keep, *rest): # only the pixels where something is, in whole vectors
+        k = torch.nonzero(keep)[:, 0]
+        if len(k): k = torch.cat([k, k[-1:].expand(-len(k) % 64)])
+        at = lambda t: t.index_select(0, k)
+        return len(k) > 0, {n: at(t) for n, t in q.items()}, dict(index=at(index), images=at(images), B=B), [[at(t) for t in r] if isinstance(r, list) else at(r) for r in rest]
+    z, _, c, N = quadric(a, b, (0., 0., -.10), (wide, 1e3, .50 + 0*wide), px); y = a[1] + z*b[1]
+    any_, s, common, (z, c, N, x, y) = some((c > 0) & (y < -.30), z, c, N, a[0] + z*b[0], y)
+    if any_:
+        skin = skin_colour(s["skin_tone"] + s["tan"] + .04, .34 + 0*y, s["yellow"]); cloth = torch.stack([s[f"cloth_{k}"] for k in "rgb"])
+        collar = -1.36 + .5*s["neckline"]*x.abs() - .2*s["neckline"]
+        layers.append(dict(common, z=z, cover=c, albedo=mix(skin, cloth, step((collar - y)/(1.5*s["view_pixel"]) + .5)), N=N, ao=.30 + .55*smooth((-.95 - y)*1.6)))
+    any_, s, common, (a, b) = some(a[1] - 2*b[1].abs() < -1.45, a, b)               # shoulders: only rays that come low enough
+    if any_:
+        z, _, c, N = quadric(a, b, (0., -2.52, -.25), (1.9 + 0*a[0], 1.05, .78), s["view_pixel"])
+        layers.append(dict(common, z=z, cover=c, albedo=torch.stack([s[f"cloth_{k}"] for k in "rgb"]), N=N, ao=.8 + 0*z))
+    return layers, turn
 
 # %% ../../nbs/11d_camera.ipynb #f7d11597
 def compose(p:dict, size:int, view_size:int, upright:bool=True):
@@ -178,27 +186,28 @@ def put_glasses(p:dict, image, z, A, B, pixel, light):
     image[:, on] = part
     return image
 
-# %% ../../nbs/11d_camera.ipynb #a4a1b283
+# %% ../../nbs/11d_camera.ipynb #f2a2bb9a
 def background(seed:int, kind:float, size:int) -> np.ndarray: # (H, W, 3) float32, linear 0..1
     "A blurred place: a gradient, soft shapes out of the noise tile, sometimes bright spots or upright edges."
     g = np.random.default_rng(seed); tile = noise_tile()[0, 0].numpy()
     if kind < .5: return np.full((size, size, 3), .16, np.float32)*np.linspace(1.15, .8, size, dtype=np.float32)[:, None, None]
-    a, b, c = (g.uniform(.02, .72)**2*np.clip(g.normal((1, 1, 1), .13*g.uniform(.2, 1.3)), .4, 1.7) for _ in range(3))
+    a, b, c = ((g.uniform(.02, .72)**2*np.minimum(np.maximum(1 + .13*g.uniform(.2, 1.3)*g.standard_normal(3), .4), 1.7)).astype(np.float32) for _ in range(3))
     k = int(g.integers(14, 110)); y, x = g.integers(0, 512 - k, 2); full, size = size, max(16, size//2)
     soft = cv2.resize(tile[y:y + k, x:x + k], (size, size), interpolation=cv2.INTER_CUBIC)
-    t = np.linspace(0, 1, size, dtype=np.float32); ramp = t[:, None]*g.uniform(-1, 1) + t[None]*g.uniform(-1, 1)
-    m = 1/(1 + np.exp(-(soft*g.uniform(.4, 2.4) + ramp*2 - g.uniform(-1, 1))))
-    out = np.float32(a) + np.float32(b - a)*m[..., None].astype(np.float32)
+    t = np.arange(size, dtype=np.float32)*np.float32(1/(size - 1)); ramp = t[:, None]*(2*g.uniform(-1, 1)) + t[None]*(2*g.uniform(-1, 1))
+    m = soft*g.uniform(.4, 2.4); m += ramp; m -= g.uniform(-1, 1); np.negative(m, m); np.exp(m, m); m += 1; np.reciprocal(m, m)
+    out = a + (b - a)*m[..., None]
     if g.random() < .45:                                                     # upright edges: doors, frames, shelves
         for _ in range(g.integers(1, 4)):
             left, wide = g.uniform(-.2, 1), g.uniform(.05, .5)
-            edge = np.clip((wide/2 - np.abs(t - left - wide/2))*size*g.uniform(.03, .4) + .5, 0, 1)
-            out = out + (c*g.uniform(.3, 1) - out)*edge[None, :, None]*g.uniform(.3, .9)
+            edge = np.minimum(np.maximum((wide/2 - np.abs(t - (left + wide/2)))*(size*g.uniform(.03, .4)) + .5, 0), 1)
+            out += (c*g.uniform(.3, 1) - out)*(edge*g.uniform(.3, .9))[None, :, None]
     for _ in range(g.integers(0, 9) if g.random() < .3 else 0):              # lights out of focus
         cx, cy, r = g.uniform(0, 1), g.uniform(0, 1), g.uniform(.02, .09)
         d = np.sqrt((t[None] - cx)**2 + (t[:, None] - cy)**2)
-        out = out + np.clip((r - d)*size*.5 + .5, 0, 1)[..., None]*g.uniform(.1, .6)*np.clip(c + .3, 0, 1)
-    return cv2.resize(np.clip(out, 0, 1.2).astype(np.float32), (full, full), interpolation=cv2.INTER_LINEAR)
+        out += (np.minimum(np.maximum((r - d)*(size*.5) + .5, 0), 1)*g.uniform(.1, .6))[..., None]*np.minimum(c + .3, 1)
+    np.minimum(np.maximum(out, 0, out), 1.2, out)
+    return cv2.resize(out, (full, full), interpolation=cv2.INTER_LINEAR)
 
 # %% ../../nbs/11d_camera.ipynb #3a06c704
 def hand(image:np.ndarray, seed:int, skin, size:int) -> np.ndarray:
@@ -213,14 +222,14 @@ def hand(image:np.ndarray, seed:int, skin, size:int) -> np.ndarray:
     mask, tone = (cv2.GaussianBlur(cv2.resize(t, (size, size), interpolation=cv2.INTER_AREA), (0, 0), max(.3, size/300)) for t in (mask, tone))
     return image + (np.asarray(skin, np.float32)*tone[..., None] - image)*mask[..., None]
 
-# %% ../../nbs/11d_camera.ipynb #146b8a48
+# %% ../../nbs/11d_camera.ipynb #e4e414ef
 def develop(x:torch.Tensor) -> torch.Tensor:
     "Linear light to what a camera stores: a shoulder for the bright parts and the sRGB curve (by square roots)."
-    x = (x.clamp(min=0)*(1.16/(1 + .16*x.clamp(min=0)))).clamp(max=1.)
+    x = x.clamp(min=0); x = (x*1.16).div_((x*.16).add_(1)).clamp_(max=1.)
     a = torch.sqrt(x); b = torch.sqrt(a); c = torch.sqrt(b)
-    return (.662002687*a + .684122060*b - .323583601*c - .0225411470*x).clamp(0, 1)
+    return a.mul_(.662002687).add_(b, alpha=.684122060).add_(c, alpha=-.323583601).add_(x, alpha=-.0225411470).clamp_(0, 1)
 
-# %% ../../nbs/11d_camera.ipynb #04790ef2
+# %% ../../nbs/11d_camera.ipynb #788ddcf6
 def sensor(image:np.ndarray, # (H, W, 3) float32 0..1, gamma encoded
            blur:float, noise_level:float, quality:float, # sigma in pixels at size 112; standard deviation; JPEG quality, 0 for none
            seed:int) -> np.ndarray: # (H, W, 3) uint8
@@ -230,8 +239,8 @@ def sensor(image:np.ndarray, # (H, W, 3) float32 0..1, gamma encoded
     if noise_level > 0:
         g = np.random.default_rng(seed); bank = _noise_bank(); y, x = g.integers(0, bank.shape[0] - size, 2) if size < bank.shape[0] else (0, 0)
         grain = bank[y:y + size, x:x + size] if size < bank.shape[0] else np.resize(bank, (size, size, 3))
-        image = image + grain*(noise_level*(1.25 - .5*image))
-    out = np.clip(image*255 + .5, 0, 255).astype(np.uint8)
+        image = image + grain*(noise_level*1.25 - noise_level*.5*image)
+    out = cv2.convertScaleAbs(np.maximum(image, 0), alpha=255.)
     if quality > 0: out = cv2.imdecode(cv2.imencode(".jpg", out[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(quality)])[1], cv2.IMREAD_COLOR)[..., ::-1]
     return out
 
@@ -243,19 +252,18 @@ def _noise_bank() -> np.ndarray:
         _BANK.append(.7*x + .7*x.mean(-1, keepdims=True))
     return _BANK[0]
 
-# %% ../../nbs/11d_camera.ipynb #431a01a8
+# %% ../../nbs/11d_camera.ipynb #0b4ec704
 def photograph(p:dict, seeds:list, size:int, upright:bool=True):
     "From parameters to pictures: (B, H, W, 3) uint8, camera, hit. The canvas is a multiple of eight and is cut to size."
     canvas = -(-size//8)*8
     light, cover, cam, hit = compose(p, canvas, size, upright)
     B = cover.shape[0]; face = light[:, :, :size, :size]; cover = cover[:, :size, :size]
     back = torch.as_tensor(np.stack([background(derive_seed(seeds[i], "back"), float(p["background"][i]), size) for i in range(B)])).permute(3, 0, 1, 2)
-    linear = face + back*(1 - cover)*p["backlight"][:, None, None]
-    linear = linear*(p["exposure"])[:, None, None]
-    x = develop(linear)
-    x = x + (x - .45)*(p["contrast"] - 1)[:, None, None]
-    grey = (x[0]*.3 + x[1]*.59 + x[2]*.11)
-    x = (grey + (x - grey)*p["saturation"][:, None, None]).clamp(0, 1)
+    col = lambda t: t[:, None, None]; left = (1 - cover)*col(p["backlight"]*p["exposure"])
+    x = develop((face*col(p["exposure"])).addcmul_(back, left))
+    x.mul_(col(p["contrast"])).add_(col(.45 - .45*p["contrast"]))
+    grey = (x[0]*.3).add_(x[1], alpha=.59).add_(x[2], alpha=.11).mul_(col(1 - p["saturation"]))
+    x.mul_(col(p["saturation"])).add_(grey).clamp_(0, 1)
     x = x.permute(1, 2, 3, 0).contiguous().numpy()
     out = np.empty((B, size, size, 3), np.uint8); cam["covered"] = np.zeros((B, 5), bool)
     place = cam["landmarks"].round().long().clamp(0, size - 1).numpy(); rows, columns = place[..., 1], place[..., 0]

@@ -87,7 +87,7 @@ def quadric(A, B, centre, radius, pixel): # lists of three (B, H, W) or numbers
     n = torch.rsqrt(N[0]*N[0] + N[1]*N[1] + N[2]*N[2])
     return z, (-root - b)*ia, (disc*ia*(.5*radius[0]/pixel)).clamp(0, 1), [t*n for t in N]
 
-# %% ../../nbs/11c_hair.ipynb #0190bd2a
+# %% ../../nbs/11c_hair.ipynb #71d77931
 LONG = "hair_wide hair_long hair_open wave curl hair_r hair_g hair_b skin_offset skin_offset2 view_pixel"
 
 def long_hair(p:dict, A, B, cover):
@@ -99,6 +99,11 @@ def long_hair(p:dict, A, B, cover):
     if index is None: return None
     images = torch.div(index, A[0][0].numel(), rounding_mode="floor"); a, b = ([t.reshape(-1).index_select(0, index) for t in L] for L in (A, B)); pixel = q["view_pixel"]
     near, far, cover, N = quadric(a, b, (0., -.55, -.20), (q["hair_wide"], 1.75, .74), pixel)
+    keep = torch.nonzero(cover > 0)[:, 0]
+    if not len(keep): return None
+    keep = torch.cat([keep, keep[-1:].expand(-len(keep) % 64)]); at = lambda t: t.index_select(0, keep)
+    q = {n: at(t) for n, t in q.items() if n not in ("hair_wide", "view_pixel")} | dict(view_pixel=at(pixel))
+    index, images, near, far, cover, pixel, a, b, N = at(index), at(images), at(near), at(far), at(cover), at(pixel), [at(t) for t in a], [at(t) for t in b], [at(t) for t in N]
     x, y, w = (a[i] + near*b[i] for i in range(3)); angle = torch.atan2(x, w + .9); wavy = q["wave"]
     strand = noise(angle*.75 + .012*wavy*torch.sin(y*7 + 3*angle) + q["skin_offset"], y*.07 + q["skin_offset2"], 0, 3)
     curls = noise(x*.5 + q["skin_offset"], y*.5 + w*.3, 0, 2)

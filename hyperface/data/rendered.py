@@ -82,7 +82,7 @@ def _choose(shares:dict, uniform:np.ndarray) -> np.ndarray:
     if not len(w) or not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0: raise ConfigError("shares must be numbers >= 0 with a positive sum", shares)
     return names[np.searchsorted(np.cumsum(w/w.sum())[:-1], uniform, side="right")]
 
-# %% ../../nbs/11_rendered.ipynb #e4dc2f8f
+# %% ../../nbs/11_rendered.ipynb #57b08c51
 def draw_identities(n:int,          # how many people
                     seed:int=0,     # any integer; identity i is the same whatever n is
                     groups:dict|None=None,  # ethnicity -> share; equal shares if None
@@ -102,7 +102,7 @@ def draw_identities(n:int,          # how many people
         g = rng(seed, "identity", first + i); uni[i] = g.random(3); z[i] = np.clip(g.standard_normal(len(DIMENSIONS)), -2.2, 2.2)
     group, gender = _choose(groups, uni[:, 0]), _choose(genders, uni[:, 1])
     span = np.array([ages[g] if isinstance(ages, dict) else ages for g in group], float).reshape(-1, 2)
-    tone = np.clip(np.array([TONES[g] for g in group]) + np.where(gender == "male", .03, -.04) + .085*z[:, DIMENSIONS.index("tone")], .01, 1.05)
+    tone = np.clip(np.array([TONES[g] for g in group]) + np.where(gender == "male", .035, -.05) + .085*z[:, DIMENSIONS.index("tone")], .01, 1.05)
     table = pd.DataFrame(dict(gender=gender, ethnicity=group, age=span[:, 0] + (span[:, 1] - span[:, 0])*uni[:, 2], skin_tone=tone))
     return check_identities(Identities((z*spread).astype(np.float32), table))
 
@@ -150,7 +150,7 @@ def check_conditions(c:pd.DataFrame) -> pd.DataFrame:
             _refuse(k, c[k], ~((x >= low) & (x <= high)), f"Between {low} and {high}: {meaning}")
     return c
 
-# %% ../../nbs/11_rendered.ipynb #5028de70
+# %% ../../nbs/11_rendered.ipynb #b76a9b44
 def draw_conditions(n:int,               # number of images
                     nuisance:float=1.0,  # 0 every picture the same, 1 as different as photographs from the street
                     seed:int=0,          # any integer; image i is the same whatever n is
@@ -171,25 +171,25 @@ def draw_conditions(n:int,               # number of images
         gaze_x=np.clip(.35*s*z[:, 4], -1, 1), gaze_y=np.clip(.2*s*z[:, 5], -1, 1), blink=.9*yes(4, .025), light_azimuth=25 + s*(np.clip(38*z[:, 6], -75, 75) - 25*min(1, s)), light_elevation=np.clip(30 + s*14*z[:, 7], -10, 65),
         light_strength=1.1*np.exp(s*.30*z[:, 8]), light_temperature=np.clip(.75*s*z[:, 9], -2, 2), ambient=.55*np.exp(s*.25*z[:, 10]), backlight=np.exp(.35*s*z[:, 11]), exposure=np.exp(.17*s*z[:, 12]),
         contrast=np.clip(1 + .10*s*z[:, 13], .7, 1.35), saturation=np.clip(1 + .16*s*z[:, 14], .3, 1.6), glasses=yes(5, .17)*(1 + ((u[:, 6] < .13) & ~covered)), mask=(k == 0).astype(int), hand=(k == 1).astype(int), scarf=(k == 2).astype(int), hat=((k == 3) | (yes(7, .05) > 0)).astype(int),
-        makeup=np.where(u[:, 8] < .50*s*woman, u[:, 9], 0), beard=np.clip(np.exp(.25*s*z[:, 15]), 0, 2), hair_length=np.clip(.30*s*z[:, 16], -1, 1), fringe=np.clip(.35*s*z[:, 17], -1, 1), tan=np.clip(.03*s*z[:, 18], -.2, .3), blush=np.clip(.12*s*np.abs(z[:, 19]), 0, 1),
+        makeup=np.where(u[:, 8] < .60*s*woman, u[:, 9], 0), beard=np.clip(np.exp(.25*s*z[:, 15]), 0, 2), hair_length=np.clip(.30*s*z[:, 16], -1, 1), fringe=np.clip(.35*s*z[:, 17], -1, 1), tan=np.clip(.03*s*z[:, 18], -.2, .3), blush=np.clip(.12*s*np.abs(z[:, 19]), 0, 1),
         background=np.full(n, int(s > .05)), distance=np.exp(np.log(11) + .32*s*np.clip(z[:, 20], -2, 2)), blur=np.where(s > 0, .25 + .95*s*u[:, 10]**3, 0), noise=.004*min(s, 1) + .020*s*u[:, 11]**2, jpeg=np.where(u[:, 12] < .7*s, np.round(40 + 55*u[:, 13]), 0).astype(int), jitter=np.full(n, .8*s), seed=S)
     for j, a in enumerate(ACTIONS): c[a] = np.clip(.06*s*z[:, 21 + j], -1, 1)
     if s > 1: c |= {k: np.clip(c[k], low, high) for k, (_, low, high, _) in CONDITIONS.items() if k in c and k != "seed"}
     return make_conditions(n, expression, **c)
 
-# %% ../../nbs/11_rendered.ipynb #bc5cf847
-def _colours(z, gender, group, age, seed_u):
+# %% ../../nbs/11_rendered.ipynb #0a4f5e29
+def _colours(z, man, group, age, seed_u):
     "Colours of hair, brows, eyes, clothes and frames: columns of linear RGB."
     dark = ndtr(z("hair_dark")); light_hair = np.isin(group, ("white", "other"))
     m = np.where(light_hair, .10 + 1.15*dark, .75 + .55*dark); m = np.maximum(m, .08)
     red = np.where((group == "white") & (ndtr(z("hair_warm")) > .88), 1., .12*np.abs(z("hair_warm")))
     hair = np.stack([.50*np.exp(-3.1*m**.8 + .15*red), .335*np.exp(-3.5*m**.8 - .35*red), .175*np.exp(-3.5*m**.8 - .9*red)])
-    start = 43 + 8*z("grey"); grey = np.clip((age - start)/22, 0, 1)
+    start = 47 + 7*z("grey"); grey = np.clip((age - start)/27, 0, 1)**1.25            # the first grey hair, and white all over a generation later
     white = np.array([.40, .392, .38])[:, None]*(.75 + .25*grey)
     out = {}
     hair = hair*(1 - grey) + white*grey
     for k, c in enumerate("rgb"): out[f"hair_{c}"] = hair[k]
-    brow = hair*(1 - .35*grey)*.55 + .25*np.stack([.030, .020, .014])[:, None]
+    brow = hair*(1 - .35*grey)*np.where(man, .55, .36 - .12*grey) + .25*np.stack([.030, .020, .014])[:, None]   # women darken theirs
     for k, c in enumerate("rgb"): out[f"brow_{c}"] = brow[k]
     d = ndtr(z("iris_dark")); d = np.where(group == "white", d, np.where(group == "other", .45 + .55*d, .72 + .28*d)); g = ndtr(z("iris_green"))
     light = np.stack([.17 + .10*g, .26 + .03*g, .36 - .20*g]); brown = np.stack([.16 - .10*d, .085 - .06*d, .040 - .028*d])
@@ -224,7 +224,7 @@ def _hair(z, male, child, age, c, group, grey):
         part=np.where(z("part") > 0, 1, -1)*(.10 + .10*ndtr(z("part"))), sweep=sweep, side_low=np.where(long, 1.6, np.where(up, .06, .10 + .10*ndtr(z("hair_side")) + .12*(~man))), bald=bald, curl=curl, hair_side=side, hair_top=top, hair_cap=np.ones_like(age), hair_soft=.018 + .02*curl + .03*bald + .012*fringe/.17,
         buzz=np.clip(buzz + .5*(bald > .35), 0, 1), hair_long=length, hair_wide=.90 + .07*ndtr(z("hair_side")) + .12*curl, hair_open=.56 + .05*z("hair_top").clip(-1.5, 1.5) , wave=np.clip(.5 + .5*z("wave"), 0, 1.4)*(curl < .6), ear_cover=np.where(long, np.where(style > .35, 1., 0.), 0.), strand=grey)
 
-# %% ../../nbs/11_rendered.ipynb #83a7aa21
+# %% ../../nbs/11_rendered.ipynb #38f12083
 def parameters(people:Identities, c:dict) -> dict:
     "Everything the renderer needs, as float32 tensors (B,): features after age, gender and group, then conditions."
     t = people.table; group, age0 = t["ethnicity"].to_numpy(), t["age"].to_numpy(float)
@@ -245,7 +245,7 @@ def parameters(people:Identities, c:dict) -> dict:
     p.update(skin_tone=t["skin_tone"].to_numpy(float), redness=.30*z("redness")*(t["skin_tone"].to_numpy() < .6), yellow=.4 + .35*z("yellow") + .5*(group == "asian"), freckles=np.clip(.8*z("freckles") - .9, 0, 1.4)*(group == "white"), eye_bags=np.clip(.05*z("eye_bags") - .02 + .26*old, 0, .4),
         lip_red=np.clip(.3*z("lip_red") + .70*(1 - male) - .30*male - .3*old, -.8, .9), brow_dense=np.clip(.78 + .12*z("brow_dense") + .08*male - .30*child, .35, 1), brow_gap=.006*z("brow_gap"), brow_long=.012*z("brow_long"), beard=beard, moustache=np.where(has, np.clip(z("moustache") - .75, 0, 1.1), 0)*c["beard"], goatee=np.where(has, np.clip(z("goatee") - 1.0, 0, 1.1), 0)*c["beard"],
         stubble=stubble, beard_dark=1 - np.clip(grey, 0, .8), beard_length=np.clip(np.maximum(np.maximum(beard, p_(z("moustache") - .75)), p_(z("goatee") - 1.0))*2*has, 0, 1), teeth=.031 + .003*z("teeth"), cupid=.0035 + .0015*z("cupid"), wrinkle=np.clip(old*1.15 - .06 + .10*z("wrinkle")*(age > 28), 0, 1.3), aged=np.clip(old, 0, 1.2), age_spots=np.clip((age - 55)/30, 0, 1)*.8, shine=.105 + .025*z("shine"),
-        lash=np.clip(.98 - .78*male + .10*z("lash") + .3*c["makeup"], 0, 1.1), skin_offset=ndtr(z("offset")), skin_offset2=ndtr(z("offset2")), male=male, child=child, squint=.4*old, pupil=.40 + 0*old, lipstick=.75*np.clip(c["makeup"]*1.2, 0, 1)*np.ones_like(age), glasses_shape=r[:, 15], glasses_size=.92 + .2*r[:, 14], glasses_thick=np.where(r[:, 13] < .6, .022, .010), neckline=r[:, 12])
+        lash=np.clip(.20 + 1.05*(1 - male)*(1 - .4*child) + .10*z("lash") + .35*c["makeup"], 0, 1.6), skin_offset=ndtr(z("offset")), skin_offset2=ndtr(z("offset2")), male=male, child=child, squint=.4*old, pupil=.40 + 0*old, lipstick=.75*np.clip(c["makeup"]*1.2, 0, 1)*np.ones_like(age), glasses_shape=r[:, 15], glasses_size=.92 + .2*r[:, 14], glasses_thick=np.where(r[:, 13] < .3 + .3*male, .020, .009), neckline=r[:, 12])
     for k in range(3): p.update({f"mole{k}": np.clip(z(f"mole{k}") - 1., 0, 1), f"mole{k}u": .36*(2*ndtr(z(f"mole{k}u")) - 1), f"mole{k}v": -.15 + .38*(2*ndtr(z(f"mole{k}v")) - 1)})
     names = "yaw pitch roll blink light_azimuth light_elevation light_strength light_temperature ambient backlight exposure contrast saturation glasses mask scarf hat hand makeup tan blush background distance blur noise jpeg".split()
     p.update({k: c[k] for k in names}, gaze_x=.026*c["gaze_x"], gaze_y=.016*c["gaze_y"])

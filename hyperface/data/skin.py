@@ -47,7 +47,7 @@ def step(x): return x.clamp(0, 1)
 def smooth(x):
     x = x.clamp(0, 1); return x*x*(3 - 2*x)
 
-# %% ../../nbs/11b_skin.ipynb #4a0f388f
+# %% ../../nbs/11b_skin.ipynb #52caeedb
 SKIN = (.80, .560, .425)                                        # reflectance of skin without pigment, linear RGB
 MELANIN, BLOOD = (2.0, 2.5, 2.95), (.03, .24, .17)              # absorption of the two pigments
 TONES = dict(white=.10, asian=.18, other=.32, indian=.50, black=.82)   # mean melanin of the groups drawn here
@@ -61,24 +61,29 @@ def skin_colour(melanin, blood, yellow) -> torch.Tensor: # (3, ...) linear RGB
 def fields(p:dict, resolution:int) -> torch.Tensor: # (B, 3, R, R): blood, darkening, beard density
     "Slow variations over the face, as sums of Gaussians on the chart."
     t, _ = chart(resolution); b = len(p["eye_x"]); o = 0*p["eye_x"]
+    p = {k: p[k].numpy() for k in ("eye_x", "mouth_y", "nose_length", "chin_y", "redness", "blush", "eye_bags", "aged", "beard", "moustache", "stubble", "goatee")}; o = o.numpy()
     eu, mv, nl, cv = p["eye_x"], p["mouth_y"], p["nose_length"], p["chin_y"]
-    cheek = .32 + .5*p["redness"].clamp(min=-.5) + .55*p["blush"]
+    cheek = .32 + .5*np.maximum(p["redness"], -.5) + .55*p["blush"]
     blood = separable([(.31 + o, -.15, .12, .10, cheek, 1), (o, nl, .06, .06, .30 + .4*p["redness"], 0), (o, cv, .10, .06, .15 + o, 0), (eu, -.05, .09, .03, .14 + o, 1), (1.05 + o, 0, .16, .2, .5 + o, 1), (eu, .04, .09, .025, .12 + o, 1)], t, b)
     dark = separable([(eu - .01, -.052, .075, .022, p["eye_bags"], 1), (eu - .075, .015, .030, .050, .05 + .35*p["eye_bags"], 1), (eu, .045, .10, .030, .05 + .10*p["aged"], 1), (eu - .01, -.045, .08, .018, .09*p["aged"], 1), (o, mv, .20, .07, .03 + o, 0), (o, .30, .3, .16, -.03 + o, 0), (.8 + o, -.3, .25, .5, .05 + o, 1)], t, b)
     s, m = p["beard"], p["moustache"]; z = p["stubble"]
-    beard = separable([(.40 + o, -.56, .14, .13, s + .55*z, 1), (.62 + o, -.36, .075, .17, s + .5*z, 1), (o, cv - .02, .16, .085, 1.3*torch.maximum(s, p["goatee"]) + .8*z, 0), (o, cv - .2, .4, .10, s + .6*z, 0),
-        (.070 + o, (mv + nl)/2 - .030, .045, .022, 1.45*torch.maximum(m, s*.9) + .75*z, 1), (.165 + o, mv - .02, .028, .07, .9*torch.maximum(s, p["goatee"]) + .3*z, 1), (o, mv - .062, .028, .016, .5*torch.maximum(s, p["goatee"]), 0)], t, b)
+    beard = separable([(.40 + o, -.56, .14, .13, s + .55*z, 1), (.62 + o, -.36, .075, .17, s + .5*z, 1), (o, cv - .02, .16, .085, 1.3*np.maximum(s, p["goatee"]) + .8*z, 0), (o, cv - .2, .4, .10, s + .6*z, 0),
+        (.070 + o, (mv + nl)/2 - .030, .045, .022, 1.45*np.maximum(m, s*.9) + .75*z, 1), (.165 + o, mv - .02, .028, .07, .9*np.maximum(s, p["goatee"]) + .3*z, 1), (o, mv - .062, .028, .016, .5*np.maximum(s, p["goatee"]), 0)], t, b)
     return torch.stack([blood, dark, beard], 1)
 
-# %% ../../nbs/11b_skin.ipynb #c27d8fa1
+# %% ../../nbs/11b_skin.ipynb #b6f0f17d
 def gather(mask:torch.Tensor, # (B, H, W) bool
            p:dict, names:str, # parameter names, separated by blanks
            ):                 # (index (n,), {name: (n,)}); n is a multiple of 64
     "Flat indices of the chosen pixels, and the parameters of the image each one belongs to."
     index = torch.nonzero(mask.reshape(-1))[:, 0]
     if len(index) == 0: return None, {}
+    return _with_values(index, p, names, len(mask), mask[0].numel())
+
+def _with_values(index, p:dict, names:str, images:int, pixels:int):
+    "Chosen pixels, in order and not none, filled up to whole vectors, with the parameters of their images."
     index = torch.cat([index, index[-1:].expand(-len(index) % 64)])
-    ends = torch.searchsorted(index, torch.arange(1, len(mask) + 1)*mask[0].numel()).numpy()
+    ends = torch.searchsorted(index, torch.arange(1, images + 1)*pixels).numpy()
     counts = np.diff(ends, prepend=0)                                               # chosen pixels of each image, in order
     return index, {k: torch.from_numpy(np.repeat(p[k].numpy(), counts)) for k in names.split()}
 
