@@ -87,13 +87,13 @@ class GANConfig:
         if self.reader_weight and not self.conditions: raise ConfigError("reader_weight needs conditions to read", self.reader_weight, "Name conditions, or set reader_weight to 0")
         if self.channel_base < self.resolution: raise ConfigError("channel_base is smaller than the resolution", self.channel_base)
 
-# %% ../../nbs/56_train.ipynb #4063f8b0
+# %% ../../nbs/56_train.ipynb #f3140d75
 # kimg, batch, mbstd, fmaps, lr, gamma, ema, ramp, map layers
 _PUBLISHED = dict(stylegan2=(25_000, 32, 4, 1, .002, 10, 10, None, 8), paper256=(25_000, 64, 8, .5, .0025, 1, 20, None, 8), paper512=(25_000, 64, 8, 1, .0025, .5, 20, None, 8),
                   paper1024=(25_000, 32, 4, 1, .002, 2, 10, None, 8), cifar=(100_000, 64, 32, 1, .0025, .01, 500, .05, 2))
 _CPU = dict(z_dim=64, w_dim=128, map_layers=2, d_map_layers=2, channel_base=1024, channel_max=128, num_fp16_res=0, conv_clamp=None, batch=16, lr=.0025, ema_kimg=5., ada_kimg=50.,
             reader_weight=1., hidden=.1, mirror=True, tick_kimg=2., snapshot_ticks=10, g_interval=8)
-_OURS = dict(cpu16=dict(_CPU, channel_base=256, channel_max=32, z_dim=16, w_dim=32, batch=8, gamma=.01, kimg=4., tick_kimg=.4, g_interval=0), cpu32=dict(_CPU, channel_base=512, gamma=.02, kimg=100.), cpu64=dict(_CPU, channel_max=192, gamma=.05, kimg=300.))
+_OURS = dict(cpu16=dict(_CPU, channel_base=256, channel_max=32, z_dim=16, w_dim=32, batch=8, gamma=.01, kimg=4., tick_kimg=.4, g_interval=0), cpu32=dict(_CPU, channel_base=512, gamma=.02, kimg=100.), cpu64=dict(_CPU, batch=8, gamma=.3, kimg=100.))
 PRESETS = ("auto", *_PUBLISHED, *_OURS)
 
 def gan_config(preset:str="auto",     # one of `PRESETS`, or a YAML file with the fields of `GANConfig`
