@@ -24,7 +24,7 @@ setup(
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["hyperface", "hyperface.*"]),
-    package_data={"hyperface": ["profiles/*.yaml", "assets/*"]},
+    package_data={"hyperface": ["profiles/*.yaml", "assets/*", "assets/*/*", "assets/*/*/*"]},
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements")},
     entry_points={"console_scripts": lines("console_scripts")},

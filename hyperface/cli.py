@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'parser', 'main', 'reproduce', 'status', 'embed', 'verify', 'render', 'pack', 'fetch', 'train',
-           'export']
+           'export', 'train_stylegan2', 'sample', 'convert']
 
 # %% ../nbs/91_cli.ipynb #246a3948
 import argparse, os, sys
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .core import ConfigError, DataError, HyperfaceError
 
-# %% ../nbs/91_cli.ipynb #0906a314
+# %% ../nbs/91_cli.ipynb #fb700307
 COMMANDS = {}
 
 def command(help:str, # one line for `hyperface --help`
@@ -20,7 +20,7 @@ def command(help:str, # one line for `hyperface --help`
             ):
     "Register a function as a command; its name becomes the command's."
     def register(function):
-        COMMANDS[function.__name__.strip("_")] = (function, help, arguments)
+        COMMANDS[function.__name__.strip("_").replace("_", "-")] = (function, help, arguments)
         return function
     return register
 
@@ -239,6 +239,60 @@ def export(args) -> None:
     if not Path(args.folder).is_dir(): raise DataError("There is no such folder", args.folder, "Name the folder that `hyperface train -o` wrote")
     result = load_run(args.folder)
     print(f"{result!r}\n-> {export_onnx(result.backbone, args.out)}")
+
+# %% ../nbs/91_cli.ipynb #a4465724
+def _flag(text:str) -> bool:
+    "yes or no."
+    if text.lower() not in ("yes", "no", "true", "false", "1", "0"): raise argparse.ArgumentTypeError(f"yes or no, not {text!r}")
+    return text.lower() in ("yes", "true", "1")
+
+@command("train a conditional StyleGAN2-ADA; the same command goes on after an interruption", _arg("--data", default="rendered", help="a data set (folder, .rec, ...), or `rendered`"),
+         _arg("--conditions", default="age,gender,ethnicity", help="columns that steer the generator, with commas between; `none` for none"), _arg("--config", default="cpu64", help="auto, stylegan2, paper256, paper512, paper1024, cifar, cpu16, cpu32, cpu64, or a YAML file"),
+         _arg("--resolution", type=int, default=None, help="pixels, a power of two"), _arg("--kimg", type=float, default=None, help="thousands of real images to show"), _arg("--batch", type=int, default=None, help="over all processes"),
+         _arg("--gamma", type=float, default=None, help="weight of R1"), _arg("--lr", type=float, default=None), _arg("--aug", default=None, choices=["ada", "fixed", "noaug"]), _arg("--augpipe", default=None, help="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn, bgcfnc"),
+         _arg("--p", type=float, default=None, help="probability of augmentations at the start, or always with --aug fixed"), _arg("--target", type=float, default=None, help="of r_t"), _arg("--mirror", type=_flag, default=None, metavar="yes|no"), _arg("--freezed", type=int, default=None, help="first layers of D that stay"),
+         _arg("--tick-kimg", type=float, default=None), _arg("--snap", type=int, default=None, help="ticks between snapshots"), _arg("--seed", type=int, default=None), _arg("--device", default=None), _arg("--init-from", default=None, help="folder of a run of the same shape to start from, or shipped weights"),
+         _arg("--identities", type=int, default=2000, help="of rendered people"), _arg("--per-identity", type=int, default=2), _arg("--nuisance", type=float, default=.2), _arg("-o", "--out", required=True, help="folder of the run"))
+def train_stylegan2(args) -> None:
+    from hyperface.data.formats import read_dataset
+    from hyperface.data.rendered import render_faces
+    from hyperface.stylegan2.sample import weights_folder
+    from hyperface.stylegan2.train import GANTrainer, gan_config
+    names = dict(kimg="kimg", batch="batch", gamma="gamma", lr="lr", aug="aug", augpipe="augpipe", p="p", target="target", mirror="mirror", freezed="freeze_d", tick_kimg="tick_kimg", snap="snapshot_ticks", seed="seed")
+    changes = {field: getattr(args, name) for name, field in names.items() if getattr(args, name) is not None}
+    conditions = () if args.conditions in ("", "none") else tuple(args.conditions.replace(" ", "").split(","))
+    config = gan_config(args.config, args.resolution, int(os.environ.get("WORLD_SIZE", 1)), conditions=conditions, **changes)
+    if args.data == "rendered": records = render_faces(args.identities, args.per_identity, size=config.resolution, nuisance=args.nuisance, seed=config.seed + 1, ages=(5, 90))
+    elif not Path(args.data).exists(): raise DataError("There is no such data set", args.data, "Name a folder, or `rendered`")
+    else: records = read_dataset(args.data, on_error="skip")
+    for line in records.skipped: print(f"skipped: {line}", file=sys.stderr)
+    print(f"{records!r}\n{config.preset}: {config.resolution} px, batches of {config.batch}, {config.kimg:g} kimg, conditions {', '.join(conditions) or 'none'} -> {args.out}", flush=True)
+    done = GANTrainer(config, records, args.out, init_from=None if args.init_from is None else weights_folder(args.init_from), device=args.device).fit()
+    if int(os.environ.get("RANK", 0)) == 0: print(f"{done.summary()}\n-> {args.out}")
+
+@command("faces to order from a trained generator", _arg("--model", default="rendered64", help="folder of a run, an NVlabs .pkl, or the name of shipped weights"), _arg("--n", type=int, default=16), _arg("--seed", type=int, default=0),
+         _arg("--age", type=float, default=None), _arg("--gender", default=None), _arg("--ethnicity", default=None), _arg("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other conditions of the generator's schema"),
+         _arg("--balanced", action="store_true", help="every combination of categories equally often, ages 18 to 75"), _arg("--truncation", type=float, default=1.), _arg("--noise", default="const", choices=["const", "random", "none"]), _arg("--device", default=None),
+         _arg("-o", "--out", required=True, help="a picture (.png, .jpg) for a grid, or a folder for a data set"))
+def sample(args) -> None:
+    from hyperface.stylegan2.sample import balanced_conditions, generate_records, load_generator
+    from hyperface.style import face_grid
+    if any("=" not in s for s in args.set): raise ConfigError("--set takes NAME=VALUE", args.set)
+    G, schema = load_generator(args.model, args.device)
+    given = {k: v for k, v in dict(age=args.age, gender=args.gender, ethnicity=args.ethnicity).items() if v is not None} | dict(s.split("=", 1) for s in args.set)
+    picture = args.out.lower().endswith((".png", ".jpg", ".jpeg"))
+    if picture: _check_output(args.out)
+    if args.balanced and schema is None: raise ConfigError("--balanced needs a generator with a condition schema", args.model)
+    table = balanced_conditions(schema, args.n, args.seed).assign(**given) if args.balanced else given
+    records = generate_records((G, schema), table, None if args.balanced else args.n, args.seed, truncation_psi=args.truncation, noise_mode=args.noise)
+    if picture: face_grid(records.images(), columns=max(1, round(args.n**.5))).save(args.out)
+    else: records.save(args.out)
+    print(f"{len(records):,} faces -> {args.out}")
+
+@command("an NVlabs StyleGAN2-ADA checkpoint (.pkl) as safetensors; nothing in it is run", _arg("pickle", metavar="NETWORK.PKL"), _arg("out", metavar="FOLDER"))
+def convert(args) -> None:
+    from hyperface.stylegan2.convert import convert as run
+    print(run(args.pickle, args.out))
 
 # %% ../nbs/91_cli.ipynb #4005d61e
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

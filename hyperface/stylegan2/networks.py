@@ -71,7 +71,9 @@ class Conv2dLayer(nn.Module):
         x = conv2d_resample(x, w, self.resample_filter, up=self.up, down=self.down, padding=self.padding, flip_weight=self.up == 1, bias=b)
         return _activate(x, self.activation, clamp) if fold else bias_act(x, act=self.activation, gain=gain_all, clamp=clamp)
 
-# %% ../../nbs/51_networks.ipynb #ba699333
+# %% ../../nbs/51_networks.ipynb #046667a8
+def _wide(x): return x if x.dtype == torch.float64 else x.float()
+
 def normalize_2nd_moment(x:torch.Tensor, dim:int=1, eps:float=1e-8) -> torch.Tensor:
     "Rows to unit mean square."
     return x*(x.square().mean(dim, keepdim=True) + eps).rsqrt()
@@ -98,11 +100,11 @@ class MappingNetwork(nn.Module):
     def forward(self, z, c, truncation_psi:float=1, truncation_cutoff:int|None=None, skip_w_avg_update:bool=False):
         for x, width, name in ((z, self.z_dim, "z"), (c, self.c_dim, "c")):
             if width and (x is None or x.ndim != 2 or x.shape[1] != width): raise DataError(f"{name} must be (N, {width})", None if x is None else tuple(x.shape), "c_dim and z_dim were set when the network was made")
-        parts = [normalize_2nd_moment(z.float())] if self.z_dim else []
-        if self.c_dim: parts.append(normalize_2nd_moment(self.embed(c.float())))
+        parts = [normalize_2nd_moment(_wide(z))] if self.z_dim else []
+        if self.c_dim: parts.append(normalize_2nd_moment(self.embed(_wide(c))))
         x = torch.cat(parts, 1)
         for k in range(self.num_layers): x = getattr(self, f"fc{k}")(x)              # (N, w_dim)
-        if self.training and not skip_w_avg_update and hasattr(self, "w_avg"): self.w_avg.copy_(x.detach().float().mean(0).lerp(self.w_avg, self.w_avg_beta))
+        if self.training and not skip_w_avg_update and hasattr(self, "w_avg"): self.w_avg.copy_(_wide(x.detach()).mean(0).lerp(self.w_avg, self.w_avg_beta))
         if self.num_ws is None: return x
         x = x[:, None].expand(-1, self.num_ws, -1)                                   # (N, num_ws, w_dim)
         if truncation_psi == 1: return x
@@ -153,10 +155,11 @@ class ToRGBLayer(nn.Module):
         x = modulated_conv2d(x, self.weight, self.affine(w)*self.weight_gain, demodulate=False, fused=bool(fused_modconv))
         return bias_act(x, self.bias, clamp=self.conv_clamp)
 
-# %% ../../nbs/51_networks.ipynb #e481306d
+# %% ../../nbs/51_networks.ipynb #0b5a1a9a
 ARCHITECTURES = ("orig", "skip", "resnet")
 
-def _half(use, x_device, force): return torch.float16 if use and not force and torch.device(x_device).type == "cuda" else torch.float32
+def _kind(use, x, force): # dtype of a block: float64 stays, float16 on CUDA where it is asked for
+    return torch.float64 if x.dtype == torch.float64 else torch.float16 if use and not force and x.is_cuda else torch.float32
 
 class SynthesisBlock(nn.Module):
     "All layers of one resolution."
@@ -175,7 +178,7 @@ class SynthesisBlock(nn.Module):
         if in_channels and architecture == "resnet": self.skip = Conv2dLayer(in_channels, out_channels, 1, bias=False, up=2, resample_filter=resample_filter)
     def forward(self, x, img, ws, force_fp32=False, fused_modconv=None, **layer): # ws (N, num_conv + num_torgb, w_dim)
         w = iter(ws.unbind(1))
-        kind = _half(self.use_fp16, ws.device, force_fp32)
+        kind = _kind(self.use_fp16, ws, force_fp32)
         layer["fused_modconv"] = fused_modconv
         if self.in_channels == 0:
             x = self.const.to(kind)[None].expand(len(ws), -1, -1, -1).contiguous(memory_format=torch.channels_last)
@@ -187,11 +190,11 @@ class SynthesisBlock(nn.Module):
         else: x = self.conv1(self.conv0(x.to(kind), next(w), **layer), next(w), **layer)
         if img is not None: img = upsample2d(img, self.resample_filter)
         if self.num_torgb:
-            y = self.torgb(x, next(w), fused_modconv=fused_modconv).float()
+            y = _wide(self.torgb(x, next(w), fused_modconv=fused_modconv))
             img = y if img is None else img + y
         return x, img
 
-# %% ../../nbs/51_networks.ipynb #e33b6754
+# %% ../../nbs/51_networks.ipynb #88e41dde
 def check_resolution(r:int) -> int:
     "A power of two from 4 to 4096, or a `ConfigError`."
     if isinstance(r, bool) or not isinstance(r, int) or r < 4 or r > 4096 or r & (r - 1): raise ConfigError("img_resolution must be a power of two, 4 to 4096", r)
@@ -222,7 +225,7 @@ class SynthesisNetwork(nn.Module):
         x = img = None; at = 0
         for r in self.block_resolutions:
             block = getattr(self, f"b{r}")
-            x, img = block(x, img, ws[:, at:at + block.num_conv + block.num_torgb].float(), **block_kwargs)
+            x, img = block(x, img, _wide(ws[:, at:at + block.num_conv + block.num_torgb]), **block_kwargs)
             at += block.num_conv                                                     # the style of `torgb` is shared with the next block
         return img.contiguous()
 
@@ -294,7 +297,7 @@ class Generator(Saved, nn.Module):
     def forward(self, z, c=None, truncation_psi:float=1, truncation_cutoff:int|None=None, **synthesis_kwargs): # (N, z_dim), (N, c_dim) -> (N, C, H, H)
         return self.synthesis(self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff), **synthesis_kwargs)
 
-# %% ../../nbs/51_networks.ipynb #115cb477
+# %% ../../nbs/51_networks.ipynb #3d9c595c
 class DiscriminatorBlock(nn.Module):
     "All layers of one resolution; halves the size."
     def __init__(self, in_channels:int, tmp_channels:int, out_channels:int, resolution:int, img_channels:int, first_layer_idx:int=0,
@@ -312,7 +315,7 @@ class DiscriminatorBlock(nn.Module):
         self.conv1 = layer(tmp_channels, out_channels, 3, activation=activation, down=2, resample_filter=resample_filter, conv_clamp=conv_clamp)
         if architecture == "resnet": self.skip = layer(tmp_channels, out_channels, 1, bias=False, down=2, resample_filter=resample_filter)
     def forward(self, x, img, force_fp32=False): # (N, tmp, H, H) or None, (N, C, H, H) or None
-        kind = _half(self.use_fp16, (x if x is not None else img).device, force_fp32)
+        kind = _kind(self.use_fp16, x if x is not None else img, force_fp32)
         if x is not None: x = x.to(kind)
         if self.in_channels == 0 or self.architecture == "skip":
             img = img.to(kind)
@@ -335,7 +338,7 @@ class MinibatchStdLayer(nn.Module):
         n, c, h, w = x.shape
         group = min(self.group_size or n, n)
         while n % group: group -= 1
-        y = x.float().reshape(group, -1, self.num_channels, c//self.num_channels, h, w)
+        y = _wide(x).reshape(group, -1, self.num_channels, c//self.num_channels, h, w)
         y = ((y - y.mean(0)).square().mean(0) + 1e-8).sqrt().mean([2, 3, 4])         # (N / group, maps)
         return torch.cat([x, y.to(x.dtype).reshape(-1, self.num_channels, 1, 1).repeat(group, 1, h, w)], 1)
 
@@ -351,8 +354,8 @@ class DiscriminatorEpilogue(nn.Module):
         self.fc = FullyConnectedLayer(in_channels*resolution**2, in_channels, activation=activation)
         self.out = FullyConnectedLayer(in_channels, cmap_dim or 1)
     def forward(self, x, img, cmap, force_fp32=False): # -> (N, 1)
-        x = x.float()
-        if self.architecture == "skip": x = x + self.fromrgb(img.float())
+        x = _wide(x)
+        if self.architecture == "skip": x = x + self.fromrgb(_wide(img))
         if self.mbstd is not None: x = self.mbstd(x)
         x = self.out(self.fc(self.conv(x).flatten(1)))                               # (N, cmap_dim)
         return x if not self.cmap_dim else (x*cmap).sum(1, keepdim=True)/math.sqrt(self.cmap_dim)
