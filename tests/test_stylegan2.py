@@ -271,7 +271,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, people, changes):
 
 def test_a_process_killed_at_any_moment(tmp_path, people):
     people.save(tmp_path / "faces")
-    command = [sys.executable, "-m", "hyperface.cli", "train-stylegan2", "--data", str(tmp_path / "faces"), "--config", "cpu16", "--conditions", "gender", "--kimg", "0.96", "--tick-kimg", "0.08", "--device", "cpu", "-o"]
+    command = [sys.executable, "-m", "hyperface.cli", "train-stylegan2", "--data", str(tmp_path / "faces"), "--config", "cpu16", "--conditions", "gender", "--kimg", "0.48", "--tick-kimg", "0.08", "--device", "cpu", "-o"]
     env = dict(os.environ, HYPERFACE_PROGRESS="0", OMP_NUM_THREADS="1")
     subprocess.run([*command, str(tmp_path / "whole")], check=True, env=env, capture_output=True, timeout=300)
     victim = subprocess.Popen([*command, str(tmp_path / "killed")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -304,9 +304,9 @@ def test_two_processes_stay_together(tmp_path, people):
 def test_ada_raises_p_and_the_printed_rule_lowers_it(people):
     few = people.select(np.arange(20))
     with pytest.warns(UserWarning, match="20 images only"):
-        good = GANTrainer(tiny(conditions=(), reader_weight=0.0, hidden=0.0, ada_kimg=1.0, kimg=0.64, lr=0.005), few, device="cpu").fit()
-        bad = GANTrainer(tiny(conditions=(), reader_weight=0.0, hidden=0.0, ada_kimg=1.0, kimg=0.64, lr=0.005, p=0.3, ada_rule="printed"), few, device="cpu").fit()
-    assert good.history[-1]["r_t"] > 0.6 and good.ada.p > 0.1
+        good = GANTrainer(tiny(conditions=(), reader_weight=0.0, hidden=0.0, ada_kimg=1.0, kimg=0.4, lr=0.005), few, device="cpu").fit()
+        bad = GANTrainer(tiny(conditions=(), reader_weight=0.0, hidden=0.0, ada_kimg=1.0, kimg=0.4, lr=0.005, p=0.3, ada_rule="printed"), few, device="cpu").fit()
+    assert np.mean([line["r_t"] for line in good.history]) > 0.6 and good.ada.p > 0.05
     assert bad.ada.p < 0.3
 
 
@@ -407,7 +407,7 @@ def test_save_and_load_refuse_what_does_not_fit(tmp_path):
     G.save_pretrained(tmp_path / "g")
     D.save_pretrained(tmp_path / "d", half=True)
     again = Discriminator.from_pretrained(tmp_path / "d")
-    assert all(torch.allclose(a, b, atol=1e-2) for a, b in zip(D.state_dict().values(), again.state_dict().values()))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(D.state_dict().values(), again.state_dict().values()))
     config = json.loads((tmp_path / "g" / "config.json").read_text())
     for change, message in ((dict(arguments={**config["arguments"], "c_dim": 7}), "should be"), (dict(arguments={**config["arguments"], "depth": 7}), "does not take"), (dict(format="x"), "another kind")):
         (tmp_path / "g" / "config.json").write_text(json.dumps(config | change))

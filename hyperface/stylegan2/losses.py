@@ -42,7 +42,7 @@ def r1_penalty(logits:torch.Tensor, # (N, 1), computed from `images`
     gradient, = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gamma/2*gradient.square().sum([1, 2, 3]).mean()
 
-# %% ../../nbs/54_losses.ipynb #cdd1d8a0
+# %% ../../nbs/54_losses.ipynb #bf12bee4
 class PathLength:
     "Path-length regularisation with its running mean."
     def __init__(self, decay:float=.01, # share of the newest mean
@@ -56,9 +56,9 @@ class PathLength:
         noise = torch.randn(images.shape, device=images.device, generator=generator)/math.sqrt(images.shape[2]*images.shape[3])
         gradient, = torch.autograd.grad((images*noise).sum(), ws, create_graph=True)
         lengths = gradient.square().sum(2).mean(1).sqrt()                            # (N,)
-        now = float(agree(lengths.detach().mean()))
-        self.mean = self.mean + self.decay*(now - self.mean)
-        return self.weight*(lengths - self.mean).square().mean(), now
+        mean, now = self.mean + self.decay*(lengths.mean() - self.mean), float(agree(lengths.detach().mean()))
+        self.mean += self.decay*(now - self.mean)
+        return self.weight*(lengths - mean).square().mean(), now
     def state_dict(self): return dict(mean=self.mean)
     def load_state_dict(self, state): self.mean = float(state["mean"])
 

@@ -229,7 +229,7 @@ class SynthesisNetwork(nn.Module):
             at += block.num_conv                                                     # the style of `torgb` is shared with the next block
         return img.contiguous()
 
-# %% ../../nbs/51_networks.ipynb #13647c5e
+# %% ../../nbs/51_networks.ipynb #101327cd
 class Saved:
     "Networks that remember how they were made, and write and read themselves."
     def _remember(self, arguments):
@@ -278,6 +278,7 @@ class Saved:
         self.load_state_dict(state)
         return self
 
+# %% ../../nbs/51_networks.ipynb #c39e2658
 class Generator(Saved, nn.Module):
     "$G(z, c)$, equation 6: mapping and synthesis."
     def __init__(self, z_dim:int,    # length of the random vector

@@ -90,7 +90,7 @@ def _labels(G, schema, n, labels, conditions):
     rows = any(np.ndim(v) > (1 if isinstance(schema[k], Identity) and not isinstance(v, list) else 0) or isinstance(v, list) for k, v in conditions.items())
     return schema.encode(conditions, **({} if rows else dict(n=n)))
 
-# %% ../../nbs/57_sample.ipynb #7c6da1c7
+# %% ../../nbs/57_sample.ipynb #3908fa81
 def balanced_conditions(schema:ConditionSchema, n:int, seed:int=0, ages=(18, 75)) -> pd.DataFrame:
     "Conditions for n pictures: categories in all combinations equally often, ages evenly in a range, other numbers evenly in theirs."
     g, table = torch_rng(seed, "balanced"), {}
@@ -112,7 +112,7 @@ def generate_records(model, conditions:pd.DataFrame|dict, # rows, or values with
     images = generate(model, len(table), seed, **options, **{k: list(table[k]) for k in table})
     vectors = [k for k in table if model[1] is not None and k in model[1].names and isinstance(model[1][k], Identity)]
     columns = {k: v for k, v in table.drop(columns=vectors).items()}
-    return Records.from_arrays(to_uint8(images), name, dict(identity=[f"{name}-{seed}-{i:06d}" for i in range(len(table))]) | columns)
+    return Records.from_arrays(to_uint8(images), name, **dict(identity=[f"{name}-{seed}-{i:06d}" for i in range(len(table))]) | columns)
 
 class StyleGAN2Faces:
     "A `FaceGenerator`: faces of given identity vectors, from a generator that was trained on them."
