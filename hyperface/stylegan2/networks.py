@@ -298,7 +298,7 @@ class Generator(Saved, nn.Module):
     def forward(self, z, c=None, truncation_psi:float=1, truncation_cutoff:int|None=None, **synthesis_kwargs): # (N, z_dim), (N, c_dim) -> (N, C, H, H)
         return self.synthesis(self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff), **synthesis_kwargs)
 
-# %% ../../nbs/51_networks.ipynb #3d9c595c
+# %% ../../nbs/51_networks.ipynb #bbac7de4
 class DiscriminatorBlock(nn.Module):
     "All layers of one resolution; halves the size."
     def __init__(self, in_channels:int, tmp_channels:int, out_channels:int, resolution:int, img_channels:int, first_layer_idx:int=0,
@@ -328,6 +328,7 @@ class DiscriminatorBlock(nn.Module):
             return y + self.conv1(self.conv0(x), gain=math.sqrt(.5)), img
         return self.conv1(self.conv0(x)), img
 
+# %% ../../nbs/51_networks.ipynb #e09881c8
 class MinibatchStdLayer(nn.Module):
     "Appends the mean standard deviation within groups of samples as feature maps."
     def __init__(self, group_size:int|None, # samples in a group; the largest divisor of the batch up to this is used. None: the batch

@@ -161,7 +161,7 @@ class GANData:
         return None if self.labels is None else self.hide(self.labels[torch.randint(len(self.labels), (n,), generator=generator)], generator)
     def hide(self, c, generator): return c if c is None or not self.config.hidden else self.schema.drop(c, self.config.hidden, generator)
 
-# %% ../../nbs/56_train.ipynb #eaf8bc9e
+# %% ../../nbs/56_train.ipynb #c0bba0ee
 class GANTrainer:
     "Trains a generator; the same call continues a run that was interrupted."
     def __init__(self, config:GANConfig,    # see `gan_config`
@@ -209,6 +209,7 @@ class GANTrainer:
         found = dict(G=self.G, D=self.D, ema=self.ema, g_opt=self.g_opt, d_opt=self.d_opt, ada=self.ada, pl=self.pl)
         return found if self.reader is None else found | dict(reader=self.reader, r_opt=self.r_opt)
 
+# %% ../../nbs/56_train.ipynb #56766b0a
 def build_networks(c:GANConfig, c_dim:int) -> tuple[Generator, Discriminator]:
     "Both networks of a configuration."
     shared = dict(channel_base=c.channel_base, channel_max=c.channel_max, num_fp16_res=c.num_fp16_res, conv_clamp=c.conv_clamp)
