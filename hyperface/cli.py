@@ -249,14 +249,14 @@ def export(args) -> None:
     result = load_run(args.folder)
     print(f"{result!r}\n-> {export_onnx(result.backbone, args.out)}")
 
-# %% ../nbs/91_cli.ipynb #a4465724
+# %% ../nbs/91_cli.ipynb #9cd5a803
 def _flag(text:str) -> bool:
     "yes or no."
     if text.lower() not in ("yes", "no", "true", "false", "1", "0"): raise argparse.ArgumentTypeError(f"yes or no, not {text!r}")
     return text.lower() in ("yes", "true", "1")
 
 @command("train a conditional StyleGAN2-ADA; the same command goes on after an interruption", _arg("--data", default="rendered", help="a data set (folder, .rec, ...), or `rendered`"),
-         _arg("--conditions", default="age,gender,ethnicity", help="columns that steer the generator, with commas between; `none` for none"), _arg("--config", default="cpu64", help="auto, stylegan2, paper256, paper512, paper1024, cifar, cpu16, cpu32, cpu64, or a YAML file"),
+         _arg("--conditions", default="age,gender,ethnicity", help="columns that steer the generator, with commas between; `identity`: the face's embedding; `none` for none"), _arg("--embedder", default="linear", help="whose embeddings `identity` means: an .onnx file, its name in HYPERFACE_MODELS, or `linear`"), _arg("--config", default="cpu64", help="auto, stylegan2, paper256, paper512, paper1024, cifar, cpu16, cpu32, cpu64, or a YAML file"),
          _arg("--resolution", type=int, default=None, help="pixels, a power of two"), _arg("--kimg", type=float, default=None, help="thousands of real images to show"), _arg("--batch", type=int, default=None, help="over all processes"),
          _arg("--gamma", type=float, default=None, help="weight of R1"), _arg("--lr", type=float, default=None), _arg("--aug", default=None, choices=["ada", "fixed", "noaug"]), _arg("--augpipe", default=None, help="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn, bgcfnc"),
          _arg("--p", type=float, default=None, help="probability of augmentations at the start, or always with --aug fixed"), _arg("--target", type=float, default=None, help="of r_t"), _arg("--mirror", type=_flag, default=None, metavar="yes|no"), _arg("--freezed", type=int, default=None, help="first layers of D that stay"),
@@ -276,7 +276,13 @@ def train_stylegan2(args) -> None:
     else: records = read_dataset(args.data, on_error="skip")
     for line in records.skipped: print(f"skipped: {line}", file=sys.stderr)
     print(f"{records!r}\n{config.preset}: {config.resolution} px, batches of {config.batch}, {config.kimg:g} kimg, conditions {', '.join(conditions) or 'none'} -> {args.out}", flush=True)
-    done = GANTrainer(config, records, args.out, init_from=None if args.init_from is None else weights_folder(args.init_from), device=args.device).fit()
+    schema = labels = None
+    if "identity" in conditions:
+        from hyperface.extraction.embed import embed_records, load_embedder
+        from hyperface.stylegan2.conditions import schema_from_records
+        vectors = embed_records(records, load_embedder(args.embedder)).vectors
+        schema = schema_from_records(records, conditions, dim=vectors.shape[1]); labels = schema.encode(records, identity=vectors)
+    done = GANTrainer(config, records, args.out, schema, labels, init_from=None if args.init_from is None else weights_folder(args.init_from), device=args.device).fit()
     if int(os.environ.get("RANK", 0)) == 0: print(f"{done.summary()}\n-> {args.out}")
 
 @command("faces to order from a trained generator", _arg("--model", default="rendered64", help="folder of a run, an NVlabs .pkl, or the name of shipped weights"), _arg("--n", type=int, default=16), _arg("--seed", type=int, default=0),

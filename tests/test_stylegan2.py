@@ -450,6 +450,8 @@ def test_command_line(tmp_path, people, capsys):
     assert main(["sample", "--model", str(tmp_path / "run"), "--age", "300", "-o", str(tmp_path / "x.png")]) == 2
     assert main(["train-stylegan2", "--data", str(tmp_path / "none"), "-o", str(tmp_path / "run2")]) == 2
     assert main(["sample", "--model", str(tmp_path / "run"), "--set", "hat", "-o", str(tmp_path / "x.png")]) == 2
+    assert main(["train-stylegan2", "--data", str(tmp_path / "faces"), "--config", "cpu16", "--conditions", "identity", "--kimg", "0.08", "--device", "cpu", "-o", str(tmp_path / "id")]) == 0
+    assert [a.name for a in load_generator(tmp_path / "id", "cpu")[1].attributes] == ["identity"]
     assert "no attribute" in capsys.readouterr().err or not (tmp_path / "x.png").exists()
 
 
