@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SqueezeExcite', 'IBlock', 'Backbone', 'IResNet', 'MobileFaceNet', 'list_models', 'create_model',
-           'model_costs', 'unit_embeddings', 'as_embedder', 'save_pretrained', 'from_pretrained', 'load_weights',
-           'read_checkpoint', 'load_arcface_torch', 'area_matrix', 'export_onnx']
+           'model_costs', 'unit_embeddings', 'as_embedder', 'save_pretrained', 'from_pretrained', 'read_checkpoint',
+           'load_arcface_torch', 'area_matrix', 'export_onnx']
 
-# %% ../../nbs/70_backbones.ipynb #5e421bce
+# %% ../../nbs/70_backbones.ipynb #8e168f19
 import contextlib, json, pickle, re
 from pathlib import Path
 
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import ConfigError, DataError, MissingWeights, atomic_path, derive_seed, file_key, read_json, write_json
+from ..core import ConfigError, DataError, MissingWeights, atomic_path, derive_seed
 from ..extraction.onnx_torch import TorchEmbedder, UnitNetwork
+from ..weights import load_strict, read_weights, write_weights
 
 # %% ../../nbs/70_backbones.ipynb #1c619189
 def _conv(inside:int, outside:int, kernel:int=3, stride:int=1, groups:int=1, padding:int|None=None):
@@ -238,55 +239,24 @@ def as_embedder(model,           # a Backbone
     finally:
         for m in training: m.training = True
 
-# %% ../../nbs/70_backbones.ipynb #96873b31
+# %% ../../nbs/70_backbones.ipynb #859a8d20
 def save_pretrained(model,  # a Backbone
                     folder, # made if absent
                     **notes # plain values kept in config.json under "notes", such as steps=26_000
                     ) -> Path:
     "Write `model.safetensors` and `config.json` atomically."
-    from safetensors.torch import save_file
-    folder = Path(folder)
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if bad: raise DataError(f"{len(bad)} tensors are not finite, the first is {bad[0]}; not saved", None, "Go back to an earlier checkpoint")
-    with atomic_path(folder/"model.safetensors") as temporary: save_file(state, temporary, metadata=dict(format="pt"))
-    write_json(folder/"config.json", dict(format="hyperface-backbone", version=1, **model.config, sha256=file_key(folder/"model.safetensors"), notes=notes))
-    return folder
+    return write_weights(model.state_dict(), folder, dict(format="hyperface-backbone", version=1, **model.config, notes=notes))
 
 def from_pretrained(folder,       # what `save_pretrained` wrote
                     device="cpu", # where it shall live
                     ) -> Backbone: # in evaluation mode
     "Build a backbone and load its weights; an error names what is missing or damaged."
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder/name).is_file(): raise MissingWeights(f"{folder} holds no {name}", None, "A folder that save_pretrained wrote is expected; for a .pt file there is load_arcface_torch")
-    config = read_json(folder/"config.json")
-    if not isinstance(config, dict) or config.get("format") != "hyperface-backbone": raise DataError(f"{folder/'config.json'} does not describe a backbone of this package", str(config)[:80])
-    if config.get("sha256") != file_key(folder/"model.safetensors"): raise DataError(f"{folder/'model.safetensors'} is not the file that config.json was written for: damaged, or from another training", None, "Copy both files again")
+    config, state = read_weights(folder, "hyperface-backbone", "a backbone", "for a .pt file there is load_arcface_torch")
     try: net = create_model(config["name"], **{k: config[k] for k in ("embedding_dim", "image_size", "dropout", "attention")})
-    except (KeyError, TypeError) as e: raise DataError(f"{folder/'config.json'} is incomplete: {e}") from e
-    try: state = load_file(folder/"model.safetensors")
-    except SafetensorError as e: raise DataError(f"{folder/'model.safetensors'} is not a safetensors file: {e}") from e
-    return load_weights(net, state, folder/"model.safetensors").to(device).eval()
+    except (KeyError, TypeError) as e: raise DataError(f"{folder}/config.json is incomplete: {e}") from e
+    return load_strict(net, state, Path(folder)/"model.safetensors", f"this {net.name}").to(device).eval()
 
-def load_weights(model,  # a Backbone
-                 state:dict, # name -> tensor
-                 source,     # file, for messages
-                 ):
-    "Strict loading: same names, same shapes, finite numbers; the error says what differs."
-    mine = model.state_dict()
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    missing, extra = [k for k in mine if k not in state], [k for k in state if k not in mine]
-    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(mine[k].shape)}" for k in mine if k in state and state[k].shape != mine[k].shape]
-    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    for what, names in (("lacks", missing), ("has unknown", extra), ("has wrong shapes:", shape), ("is not finite in", bad)):
-        if names: raise DataError(f"{source} {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}", None, f"It is not a checkpoint of this {model.name}")
-    model.load_state_dict(state)
-    return model
-
-# %% ../../nbs/70_backbones.ipynb #4cb6f9b8
+# %% ../../nbs/70_backbones.ipynb #f29e6160
 def read_checkpoint(path # .pt or .pth
                     ) -> dict: # name -> tensor
     "Tensors of a torch file, by the restricted unpickler."
@@ -316,7 +286,7 @@ def load_arcface_torch(path,          # .pt or .pth of insightface's arcface_tor
         if name is None: raise DataError(f"{path} is an IResNet of another depth: {layers} blocks", None, "Known: " + ", ".join(f"{n} {v}" for n, v in MODELS.items() if n.startswith("iresnet")))
         d, size = shape("fc.weight")[0], 16*round((shape("fc.weight")[1]/512)**.5)
     else: raise DataError(f"{path} is no checkpoint of arcface_torch's iresnet or mobilefacenet", list(state)[:3], "Lightning checkpoints of AdaFace's ir_50 and Vec2Face generators have other names")
-    return load_weights(create_model(name, embedding_dim=d, image_size=size), state, path).to(device).eval()
+    return load_strict(create_model(name, embedding_dim=d, image_size=size), {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, path, f"this {name}").to(device).eval()
 
 # %% ../../nbs/70_backbones.ipynb #3bfe9e6a
 def area_matrix(n:int, # pixels now

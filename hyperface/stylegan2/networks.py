@@ -7,7 +7,7 @@ __all__ = ['FOLDS', 'ARCHITECTURES', 'FullyConnectedLayer', 'Conv2dLayer', 'norm
            'SynthesisLayer', 'ToRGBLayer', 'SynthesisBlock', 'check_resolution', 'block_channels', 'SynthesisNetwork',
            'Saved', 'Generator', 'DiscriminatorBlock', 'MinibatchStdLayer', 'DiscriminatorEpilogue', 'Discriminator']
 
-# %% ../../nbs/51_networks.ipynb #9cab3089
+# %% ../../nbs/51_networks.ipynb #6e9170e7
 import inspect, math
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import ConfigError, DataError, MissingWeights, atomic_path, file_key, read_json, write_json
+from ..core import ConfigError, DataError
+from ..weights import load_strict, read_weights, write_weights
 from .ops import activation_gain, bias_act, conv2d_resample, downsample2d, modulated_conv2d, setup_filter, upsample2d
 
 # %% ../../nbs/51_networks.ipynb #5665f3ef
@@ -229,7 +230,7 @@ class SynthesisNetwork(nn.Module):
             at += block.num_conv                                                     # the style of `torgb` is shared with the next block
         return img.contiguous()
 
-# %% ../../nbs/51_networks.ipynb #101327cd
+# %% ../../nbs/51_networks.ipynb #71b55138
 class Saved:
     "Networks that remember how they were made, and write and read themselves."
     def _remember(self, arguments):
@@ -241,42 +242,20 @@ class Saved:
                         **notes # plain values kept in config.json, such as `schema` or `kimg`
                         ) -> Path:
         "Write `model.safetensors` and `config.json` atomically."
-        from safetensors.torch import save_file
-        folder = Path(folder)
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        bad = [k for k, v in state.items() if not torch.isfinite(v).all()]
-        if bad: raise DataError(f"{len(bad)} tensors are not finite, the first is {bad[0]}; not saved", None, "Go back to an earlier snapshot")
-        if half: state = {k: v.half() for k, v in state.items()}
-        with atomic_path(folder/"model.safetensors") as temporary: save_file(state, temporary, metadata=dict(format="pt"))
-        write_json(folder/"config.json", dict(format=f"hyperface-stylegan2-{type(self).__name__.lower()}", version=1, arguments=self.config,
-                                              sha256=file_key(folder/"model.safetensors"), notes=notes))
-        return folder
+        return write_weights(self.state_dict(), folder, dict(format=self.format(), version=1, arguments=self.config, notes=notes), half)
+    @classmethod
+    def format(cls) -> str: return f"hyperface-stylegan2-{cls.__name__.lower()}"
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
         "The network that `save_pretrained` wrote, in evaluation mode; its notes are in `.notes`."
-        from safetensors.torch import load_file
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder/name).is_file(): raise MissingWeights(f"{folder} holds no {name}", None, "A folder that save_pretrained wrote is expected; for an NVlabs .pkl there is load_nvlabs")
-        config = read_json(folder/"config.json")
-        if config.get("format") != f"hyperface-stylegan2-{cls.__name__.lower()}": raise DataError(f"{folder/'config.json'} describes another kind of network", config.get("format"))
+        config, state = read_weights(folder, cls.format(), f"a {cls.__name__.lower()}", "for an NVlabs .pkl there is load_nvlabs")
         try: model = cls(**config["arguments"])
-        except (TypeError, KeyError) as e: raise DataError(f"{folder/'config.json'} has arguments that {cls.__name__} does not take: {e}") from e
-        try: state = load_file(folder/"model.safetensors")
-        except Exception as e: raise DataError(f"{folder/'model.safetensors'} is not a readable safetensors file: {e}", None, "Copy it again") from e
-        model.load_checked({k: v.float() for k, v in state.items()}, folder/"model.safetensors")
+        except (TypeError, KeyError) as e: raise DataError(f"{folder}/config.json has arguments that {cls.__name__} does not take: {e}") from e
         model.notes = config.get("notes", {})
-        return model.eval().requires_grad_(False).to(device)
+        return model.load_checked(state, Path(folder)/"model.safetensors").eval().requires_grad_(False).to(device)
     def load_checked(self, state:dict, source="the state dict"):
         "Load strictly; the error says which tensor is missing, unknown, of another shape or not finite."
-        own = self.state_dict()
-        for what, names in (("lacks", own.keys() - state.keys()), ("has unknown tensors", state.keys() - own.keys())):
-            if names: raise DataError(f"{source} {what}: {', '.join(sorted(names)[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else ""), None, "It belongs to a network made with other arguments")
-        for k, v in state.items():
-            if v.shape != own[k].shape: raise DataError(f"{source}: {k} should be {tuple(own[k].shape)}", tuple(v.shape), "It belongs to a network made with other arguments")
-            if not torch.isfinite(v).all(): raise DataError(f"{source}: {k} is not finite", None, "Take an earlier snapshot")
-        self.load_state_dict(state)
-        return self
+        return load_strict(self, state, source, f"a {type(self).__name__} with these arguments")
 
 # %% ../../nbs/51_networks.ipynb #c39e2658
 class Generator(Saved, nn.Module):
