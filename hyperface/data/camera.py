@@ -30,10 +30,10 @@ def lights(p:dict, turn:torch.Tensor) -> dict:
     fill = to_head(torch.stack([-.75*az.sin(), .1 + 0*az, .75 + 0*az], -1))
     return dict(L=to_head(L), up=to_head(torch.tensor([[0., 1., 0.]]).expand(len(az), 3)), fill=fill/fill.norm(dim=0), key=warm*p["light_strength"], ambient=((2 - warm)*.5 + .5)*p["ambient"], side=L.T)
 
-# %% ../../nbs/11d_camera.ipynb #439e88dc
+# %% ../../nbs/11d_camera.ipynb #7e3986b5
 def spread(light:dict, images=None) -> dict:
     "Light as something that fits pixels: (3, B, 1, 1) for whole pictures, (3, n) for chosen pixels."
-    return {k: t[:, :, None, None] if images is None else t[:, images] for k, t in light.items()}
+    return {k: t[:, :, None, None] if images is None else t.index_select(1, images) for k, t in light.items() if k != "side"}
 
 # %% ../../nbs/11d_camera.ipynb #a30974a9
 def dot(a, b): return a[0]*b[0] + a[1]*b[1] + a[2]*b[2]
@@ -80,18 +80,18 @@ def cast_shadow(radius, hit:dict, light:dict, size:int) -> torch.Tensor: # (B, H
     dark = F.avg_pool2d(F.pad(dark[:, None], (1,)*4, mode="replicate"), 3, 1)
     return 1 - F.interpolate(dark, (size, size), mode="bilinear", align_corners=False)[:, 0]
 
-# %% ../../nbs/11d_camera.ipynb #4c1163db
+# %% ../../nbs/11d_camera.ipynb #33755c4f
 def put(canvas:dict, layer:dict, light:dict, shadow:float=.65) -> None:
     "Light a layer of pixels and put it where it belongs in depth: in front of what is there, or behind it."
     i = layer["index"]; c = layer["cover"]
     B = [t.reshape(-1).index_select(0, i) for t in layer["B"]]
     colour = shade(layer["albedo"], layer["N"], _view(B), spread(light, layer["images"]), layer["ao"], (1 - shadow) + shadow*layer["ao"], None, layer.get("flow"))
-    cover, z = canvas["cover"][i], canvas["z"][i]
+    cover, z = canvas["cover"].index_select(0, i), canvas["z"].index_select(0, i)
     front = layer["z"] > z
     ahead = c*front; behind = c*(1 - cover)*(~front)
-    canvas["image"][:, i] = canvas["image"][:, i]*(1 - ahead) + colour*(ahead + behind)
-    canvas["z"][i] = torch.where((ahead > .5) | ((behind > .5) & (cover < .5)), layer["z"], z)
-    canvas["cover"][i] = cover + (1 - cover)*c
+    canvas["image"].index_copy_(1, i, canvas["image"].index_select(1, i).mul_(1 - ahead).addcmul_(colour, ahead + behind))
+    canvas["z"].index_copy_(0, i, torch.where((ahead > .5) | ((behind > .5) & (cover < .5)), layer["z"], z))
+    canvas["cover"].index_copy_(0, i, torch.addcmul(cover, 1 - cover, c))
 
 # %% ../../nbs/11d_camera.ipynb #75da85df
 def normals(hit:dict, m:torch.Tensor) -> list: # three (B, H, W)
@@ -186,28 +186,28 @@ def put_glasses(p:dict, image, z, A, B, pixel, light):
     image[:, on] = part
     return image
 
-# %% ../../nbs/11d_camera.ipynb #f2a2bb9a
+# %% ../../nbs/11d_camera.ipynb #33d5a90a
 def background(seed:int, kind:float, size:int) -> np.ndarray: # (H, W, 3) float32, linear 0..1
     "A blurred place: a gradient, soft shapes out of the noise tile, sometimes bright spots or upright edges."
     g = np.random.default_rng(seed); tile = noise_tile()[0, 0].numpy()
     if kind < .5: return np.full((size, size, 3), .16, np.float32)*np.linspace(1.15, .8, size, dtype=np.float32)[:, None, None]
-    a, b, c = ((g.uniform(.02, .72)**2*np.minimum(np.maximum(1 + .13*g.uniform(.2, 1.3)*g.standard_normal(3), .4), 1.7)).astype(np.float32) for _ in range(3))
+    a, b, c = ((g.uniform(.02, .72)**2*np.minimum(np.maximum(1 + .13*g.uniform(.2, 1.3)*g.standard_normal(3), .4), 1.7)).astype(np.float32)[:, None, None] for _ in range(3))   # (3, 1, 1), colour planes first: numpy likes long rows
     k = int(g.integers(14, 110)); y, x = g.integers(0, 512 - k, 2); full, size = size, max(16, size//2)
     soft = cv2.resize(tile[y:y + k, x:x + k], (size, size), interpolation=cv2.INTER_CUBIC)
     t = np.arange(size, dtype=np.float32)*np.float32(1/(size - 1)); ramp = t[:, None]*(2*g.uniform(-1, 1)) + t[None]*(2*g.uniform(-1, 1))
     m = soft*g.uniform(.4, 2.4); m += ramp; m -= g.uniform(-1, 1); np.negative(m, m); np.exp(m, m); m += 1; np.reciprocal(m, m)
-    out = a + (b - a)*m[..., None]
+    out = a + (b - a)*m                                                      # (3, H, W)
     if g.random() < .45:                                                     # upright edges: doors, frames, shelves
         for _ in range(g.integers(1, 4)):
             left, wide = g.uniform(-.2, 1), g.uniform(.05, .5)
             edge = np.minimum(np.maximum((wide/2 - np.abs(t - (left + wide/2)))*(size*g.uniform(.03, .4)) + .5, 0), 1)
-            out += (c*g.uniform(.3, 1) - out)*(edge*g.uniform(.3, .9))[None, :, None]
+            out += (c*g.uniform(.3, 1) - out)*(edge*g.uniform(.3, .9))
     for _ in range(g.integers(0, 9) if g.random() < .3 else 0):              # lights out of focus
         cx, cy, r = g.uniform(0, 1), g.uniform(0, 1), g.uniform(.02, .09)
         d = np.sqrt((t[None] - cx)**2 + (t[:, None] - cy)**2)
-        out += (np.minimum(np.maximum((r - d)*(size*.5) + .5, 0), 1)*g.uniform(.1, .6))[..., None]*np.minimum(c + .3, 1)
+        out += (np.minimum(np.maximum((r - d)*(size*.5) + .5, 0), 1)*g.uniform(.1, .6))*np.minimum(c + .3, 1)
     np.minimum(np.maximum(out, 0, out), 1.2, out)
-    return cv2.resize(out, (full, full), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(cv2.merge(list(out)), (full, full), interpolation=cv2.INTER_LINEAR)
 
 # %% ../../nbs/11d_camera.ipynb #3a06c704
 def hand(image:np.ndarray, seed:int, skin, size:int) -> np.ndarray:
@@ -229,7 +229,7 @@ def develop(x:torch.Tensor) -> torch.Tensor:
     a = torch.sqrt(x); b = torch.sqrt(a); c = torch.sqrt(b)
     return a.mul_(.662002687).add_(b, alpha=.684122060).add_(c, alpha=-.323583601).add_(x, alpha=-.0225411470).clamp_(0, 1)
 
-# %% ../../nbs/11d_camera.ipynb #788ddcf6
+# %% ../../nbs/11d_camera.ipynb #c3035f49
 def sensor(image:np.ndarray, # (H, W, 3) float32 0..1, gamma encoded
            blur:float, noise_level:float, quality:float, # sigma in pixels at size 112; standard deviation; JPEG quality, 0 for none
            seed:int) -> np.ndarray: # (H, W, 3) uint8
@@ -239,9 +239,11 @@ def sensor(image:np.ndarray, # (H, W, 3) float32 0..1, gamma encoded
     if noise_level > 0:
         g = np.random.default_rng(seed); bank = _noise_bank(); y, x = g.integers(0, bank.shape[0] - size, 2) if size < bank.shape[0] else (0, 0)
         grain = bank[y:y + size, x:x + size] if size < bank.shape[0] else np.resize(bank, (size, size, 3))
-        image = image + grain*(noise_level*1.25 - noise_level*.5*image)
-    out = cv2.convertScaleAbs(np.maximum(image, 0), alpha=255.)
-    if quality > 0: out = cv2.imdecode(cv2.imencode(".jpg", out[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(quality)])[1], cv2.IMREAD_COLOR)[..., ::-1]
+        more = image*(-.5*noise_level); more += 1.25*noise_level; more *= grain; more += image; image = np.maximum(more, 0, more)
+    out = cv2.convertScaleAbs(image, alpha=255.)                                    # rounds, and stops at 255
+    if quality > 0: # cv2 keeps blue first
+        stored = cv2.imencode(".jpg", cv2.cvtColor(out, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, int(quality)])[1]
+        out = cv2.cvtColor(cv2.imdecode(stored, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
     return out
 
 _BANK = []

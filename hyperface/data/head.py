@@ -212,15 +212,14 @@ def rays(cam:dict, width:int, height:int, step:float=1.0, # pixels between rays;
     B = [col(R[:, 2, i]) - A[i]/D for i in range(3)]
     return A, B
 
-# %% ../../nbs/11a_head.ipynb #24899716
+# %% ../../nbs/11a_head.ipynb #ca1b7bfa
 def _walk(look, A, B, z, steps:int, extra:float):
     "A few plain steps towards the surface and one secant: depth there, what was left before the secant, and whether that can be trusted."
     inv = torch.rsqrt(B[0]*B[0] + B[1]*B[1] + B[2]*B[2]); last = at = None
     for k in range(steps):
         x, y, w = (torch.addcmul(A[i], z, B[i]) for i in range(3))
-        n = torch.sqrt(x*x + y*y + w*w)
-        den = 1/(n + w).clamp_(min=.05)
-        f = n - look(x*den, y*den)
+        n = (x*x).addcmul_(y, y).addcmul_(w, w).sqrt_(); den = (n + w).clamp_(min=.05).reciprocal_()
+        f = n - look(x.mul_(den), y.mul_(den))
         before, last, there, at, z = last, f, None if last is None else at, z, z - (f*.9 + (extra if k < steps//2 else 0))*inv
     went = at - there; slope = torch.where(went.abs() > 1e-5, (last - before)/went, 1.)                                            # of f along the ray, about 1 where the ray meets the skin squarely
     return at - (last/slope.clamp(min=.2)).clamp(-.06, .06), last, (last.abs() < .02) & (slope > .3)
@@ -241,8 +240,8 @@ def _march(look, # (u, v, first) -> radius there; `first` says in which picture
             going = torch.cat([going, going[-1:].expand(-len(going) % 64)])         # whole vectors: the same bits in any batch
             ids = ids.index_select(0, going); s = {n: t.index_select(0, going) for n, t in s.items()}
         z = s["z"]; x, y, w = (torch.addcmul(s[f"A{i}"], z, s[f"B{i}"]) for i in range(3))
-        n = torch.sqrt(x*x + y*y + w*w); den = (n + w).clamp_(min=.05).reciprocal_()
-        f = n - look(x*den, y*den, s["first"]); ahead = f > 0
+        n = (x*x).addcmul_(y, y).addcmul_(w, w).sqrt_(); den = (n + w).clamp_(min=.05).reciprocal_()
+        f = n.sub_(look(x.mul_(den), y.mul_(den), s["first"])); ahead = f > 0
         s["where"] = torch.where(f < s["best"], z, s["where"]); s["best"] = torch.minimum(s["best"], f)
         s["out_z"], s["out_f"] = torch.where(ahead, z, s["out_z"]), torch.where(ahead, f, s["out_f"])
         s["in_z"], s["in_f"] = torch.where(ahead, s["in_z"], z), torch.where(ahead, s["in_f"], f)

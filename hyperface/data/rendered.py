@@ -130,7 +130,7 @@ CONDITIONS = dict(age_change=(0., -90, 90, "years added to the age of the identi
     blush=(0., 0, 1, "redness of the cheeks"), background=(1, 0, 1, "0 plain, 1 a place"), distance=(11., 4, 60, "camera distance, units of 100 mm"), blur=(0., 0, 8, "sigma in pixels at size 112"), noise=(0., 0, .3, "standard deviation, 0..1"),
     jpeg=(0, 0, 100, "quality, 0 for none"), jitter=(0., 0, 6, "error of the five points used for alignment, pixels at size 112"), seed=(0, 0, 2**63, "of background, noise and jitter"), **{a: (0., -1, 1.3, m + ", added to the expression") for a, m in ACTIONS.items()})
 
-# %% ../../nbs/11_rendered.ipynb #5be68f87
+# %% ../../nbs/11_rendered.ipynb #8e494505
 def make_conditions(n:int=1, expression="neutral", **values) -> pd.DataFrame:
     "A table of conditions with defaults filled in: one row per image, one column per condition."
     table = {"expression": np.broadcast_to(np.asarray(expression, dtype=object), (n,)).copy()}
@@ -146,6 +146,8 @@ def check_conditions(c:pd.DataFrame) -> pd.DataFrame:
     if "expression" in c: _refuse("expression", c["expression"], ~c["expression"].isin(list(EXPRESSIONS)).to_numpy(), "One of " + ", ".join(EXPRESSIONS))
     for k, (_, low, high, meaning) in CONDITIONS.items():
         if k in c:
+            x = c[k].to_numpy()
+            if x.dtype.kind in "iufb" and ((x >= low) & (x <= high)).all(): continue
             x = pd.to_numeric(c[k], errors="coerce").to_numpy(float)
             _refuse(k, c[k], ~((x >= low) & (x <= high)), f"Between {low} and {high}: {meaning}")
     return c
@@ -224,19 +226,19 @@ def _hair(z, male, child, age, c, group, grey):
         part=np.where(z("part") > 0, 1, -1)*(.10 + .10*ndtr(z("part"))), sweep=sweep, side_low=np.where(long, 1.6, np.where(up, .06, .10 + .10*ndtr(z("hair_side")) + .12*(~man))), bald=bald, curl=curl, hair_side=side, hair_top=top, hair_cap=np.ones_like(age), hair_soft=.018 + .02*curl + .03*bald + .012*fringe/.17,
         buzz=np.clip(buzz + .5*(bald > .35), 0, 1), hair_long=length, hair_wide=.90 + .07*ndtr(z("hair_side")) + .12*curl, hair_open=.56 + .05*z("hair_top").clip(-1.5, 1.5) , wave=np.clip(.5 + .5*z("wave"), 0, 1.4)*(curl < .6), ear_cover=np.where(long, np.where(style > .35, 1., 0.), 0.), strand=grey)
 
-# %% ../../nbs/11_rendered.ipynb #38f12083
+# %% ../../nbs/11_rendered.ipynb #a16db6c8
 def parameters(people:Identities, c:dict) -> dict:
     "Everything the renderer needs, as float32 tensors (B,): features after age, gender and group, then conditions."
     t = people.table; group, age0 = t["ethnicity"].to_numpy(), t["age"].to_numpy(float)
     age = np.clip(age0 + c["age_change"], 3, 95); male = (t["gender"] == "male").to_numpy(float); man = male > .5
     at = {k: j for j, k in enumerate(DIMENSIONS)}
-    shift = lambda k: np.array([SHIFTS[g].get(k, 0.) for g in group])
-    z = lambda k: people.vector[:, at[k]].astype(float) + shift(k)
+    shift = {k: np.array([SHIFTS[g].get(k, 0.) for g in group]) for k in {k for s in SHIFTS.values() for k in s}}
+    z = lambda k: people.vector[:, at[k]].astype(float) + shift.get(k, 0.)
     child = np.clip((19 - age)/15, 0, 1)**.75; old = np.clip((age - 19)/58, 0, 1.3)**.9; grown = 1 - child
     p = {k: mean + VARIETY*sd*z(k)*(1 - .35*child) + sex*(male - .5)*grown + young*child + aged*old for k, (mean, sd, sex, young, aged) in SHAPE.items()}
     for k in range(RESIDUALS): p[f"residual{k}"] = z(f"residual{k}")
-    full = {a: np.array([EXPRESSIONS[e].get(a, 0.) for e in c["expression"]])*c["intensity"] + c[a] for a in ACTIONS}
-    p.update(full)
+    table = {e: np.array([d.get(a, 0.) for a in ACTIONS]) for e, d in EXPRESSIONS.items()}; acts = np.array([table[e] for e in c["expression"]]).reshape(-1, len(ACTIONS))
+    p.update({a: acts[:, j]*c["intensity"] + c[a] for j, a in enumerate(ACTIONS)})
     r = np.stack([np.random.default_rng(derive_seed(int(s), "extras")).random(16) for s in c["seed"]]) if len(age) else np.zeros((0, 16))
     colours, grey = _colours(z, man, group, age, r); p.update(colours)
     p.update(_hair(z, male, child, age, c, group, grey))
@@ -272,7 +274,7 @@ def _labels(people, c, cam, size) -> dict:
     out["visibility"] = seen.mean(1)
     return out
 
-# %% ../../nbs/11_rendered.ipynb #8279c5d0
+# %% ../../nbs/11_rendered.ipynb #23bceab1
 def render(identities:Identities,      # N people from `draw_identities`, or one for all
            conditions:pd.DataFrame|dict|None=None, # N rows; a dict of values or columns; None: the defaults
            size:int=112,        # pixels on a side, 16 ... 512
@@ -290,7 +292,7 @@ def render(identities:Identities,      # N people from `draw_identities`, or one
     conditions = check_conditions(conditions)
     if len(people) == 1 and len(conditions) > 1: people = people[np.zeros(len(conditions), int)]
     if len(people) != len(conditions): raise DataError("as many identities as conditions are needed", (len(people), len(conditions)), "One identity for all conditions is also accepted")
-    filled = make_conditions(len(conditions), conditions["expression"] if "expression" in conditions else "neutral", **{k: conditions[k].to_numpy() for k in conditions if k != "expression"})
+    filled = conditions if len(conditions.columns) > len(CONDITIONS) else make_conditions(len(conditions), conditions["expression"] if "expression" in conditions else "neutral", **{k: conditions[k].to_numpy() for k in conditions if k != "expression"})
     images, labels = np.empty((len(people), size, size, 3), np.uint8), []
     batch_size = batch_size or max(1, min(48, int(16*(112/size)**2)))
     threads = torch.get_num_threads(); torch.set_num_threads(1)
@@ -358,7 +360,7 @@ def apply_bias(conditions:pd.DataFrame, group, # N ethnicities or genders
             column[rows] = value; out[k] = column
     return check_conditions(out)
 
-# %% ../../nbs/11_rendered.ipynb #bf340d2e
+# %% ../../nbs/11_rendered.ipynb #ebcc9dfb
 def render_part(spec:dict, first:int, n:int): # images (n, H, W, 3) uint8, labels
     "Images first ... first + n - 1 of a set, whatever came before."
     per, seed = spec["per_identity"], spec["seed"]
@@ -367,7 +369,7 @@ def render_part(spec:dict, first:int, n:int): # images (n, H, W, 3) uint8, label
     c = draw_conditions(n, spec["nuisance"], seed, first, people.table["gender"].to_numpy())
     for column in ("gender", "ethnicity"):
         rules = {g: r for g, r in (spec["bias"] or {}).items() if g in (GENDERS if column == "gender" else GROUPS)}
-        c = apply_bias(c, people.table[column], rules, seed, first)
+        if rules: c = apply_bias(c, people.table[column], rules, seed, first)
     images, labels = render(people, c.assign(**spec["fixed"]), spec["size"], spec["align"], uint8=True)
     return images, dict(image=[f"{i:06d}/{j:04d}.png" for i, j in zip(number, (first + np.arange(n)) % per)], identity=number, **labels)
 

@@ -120,31 +120,52 @@ def wrinkles(q:dict, u:torch.Tensor, v:torch.Tensor, n:torch.Tensor) -> torch.Te
     "Lines of the forehead, between the brows, at the eyes, from nose to mouth; by age and by action."
     return _upper(q, u, v, n) + _middle(q, u, v, n) + _lower(q, u, v, n)
 
-# %% ../../nbs/11b_skin.ipynb #7643681a
-SKIN_PARTS = "aged skin_offset skin_offset2 freckles age_spots skin_tone tan redness yellow mole0 mole0u mole0v mole1 mole1u mole1v mole2 mole2u mole2v"
+# %% ../../nbs/11b_skin.ipynb #b2d184a9
+SKIN_PARTS = "skin_offset skin_offset2 melanin clouds darker blood redder yellow"
 
+def _spots(p:dict, albedo, u, v) -> None:
+    "Moles, and on the few faces that have them freckles and age spots: more melanin, so one more factor."
+    absorb, count = torch.tensor(MELANIN)[:, None], u[0].numel()
+    for k in range(3):
+        on = torch.nonzero(p[f"mole{k}"] > 0)[:, 0]
+        if not len(on): continue
+        far = ((u[on] - p[f"mole{k}u"][on, None, None])**2 + (v[on] - p[f"mole{k}v"][on, None, None])**2)*(1/.0095**2)
+        i, y, x = torch.nonzero(far < 1.4, as_tuple=True); index = on[i]*count + y*u.shape[2] + x
+        more = .55*p[f"mole{k}"][on][i]*step(1.4 - far[i, y, x])
+        albedo.index_copy_(1, index, albedo.index_select(1, index)*_darker(more, absorb))
+    index, q = gather(((p["freckles"] > 0) | (p["age_spots"] > 0))[:, None, None] & (v < .5) & (u.abs() < 1), p, "freckles age_spots skin_offset skin_offset2")
+    if index is None: return
+    x, y = u.reshape(-1).index_select(0, index), v.reshape(-1).index_select(0, index)
+    more = noise(x*.42 + q["skin_offset"], y*.42 + q["skin_offset2"], 3, 4)[0]*(.16*q["freckles"]*gauss(x.abs() - .16, .17)*gauss(y + .10, .13) + .10*q["age_spots"])
+    albedo.index_copy_(1, index, albedo.index_select(1, index)*_darker(more, absorb))
+
+def _darker(more, absorb):
+    "What a little more melanin leaves of the light; filled up to whole vectors, so that its bits depend on nothing else."
+    n = len(more); return torch.exp(-absorb*F.pad(more, (0, -n % 64)))[:, :n]
+
+# %% ../../nbs/11b_skin.ipynb #2c7350d0
 def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3, H, W): blood, darkening, beard sampled
                seen:torch.Tensor, # (B, H, W) bool, where the head is
                ):                 # (albedo (3, N), fine noise (N,)), zero outside
     "Skin with blotches, freckles, moles and wrinkles; no eyes, brows or mouth yet."
-    albedo, grain = torch.zeros(3, u.numel()), torch.zeros(u.numel())
+    albedo, grain, clouds = torch.zeros(3, u.numel()), torch.zeros(u.numel()), torch.zeros(u.numel())
+    tone = p["skin_tone"]; p = p | dict(melanin=tone + p["tan"], clouds=tone.clamp(max=.5)*(.05 + .12*p["aged"]), darker=.6 + .8*tone, blood=.30 + .35*p["redness"], redder=.10 + .16*p["aged"])
     index, q = gather(seen, p, SKIN_PARTS)
     if index is None: return albedo, grain
     flat = lambda t: t.reshape(-1).index_select(0, index)
-    x, y, blood, dark = flat(u), flat(v), flat(f[:, 0]), flat(f[:, 1])
-    cloud, fine, _, spots = noise(x*.42 + q["skin_offset"], y*.42 + q["skin_offset2"])
-    mel = q["skin_tone"] + q["tan"] + q["skin_tone"].clamp(max=.5)*(.05 + .12*q["aged"])*cloud + .012*fine + dark*(.6 + .8*q["skin_tone"])
-    mel = mel + spots*(.16*q["freckles"]*gauss(x.abs() - .16, .17)*gauss(y + .10, .13) + .10*q["age_spots"])
-    for k in range(3):
-        if float(p[f"mole{k}"].max()) > 0: mel = mel + .55*q[f"mole{k}"]*step(1.4 - ((x - q[f"mole{k}u"])**2 + (y - q[f"mole{k}v"])**2)*(1/.0095**2))
-    blood = .30 + (.10 + .16*q["aged"])*cloud + blood + .35*q["redness"] + .05*fine
-    albedo.index_copy_(1, index, skin_colour(mel.clamp(min=.02), blood.clamp(min=0), q["yellow"])*(1 + .018*fine)); grain.index_copy_(0, index, fine)
+    cloud, fine = noise(flat(u).mul_(.42).add_(q["skin_offset"]), flat(v).mul_(.42).add_(q["skin_offset2"]), 0, 2)
+    mel = q["melanin"].addcmul_(q["clouds"], cloud).add_(fine, alpha=.012).addcmul_(flat(f[:, 1]), q["darker"]).clamp_(min=.02)
+    blood = q["blood"].addcmul_(q["redder"], cloud).add_(flat(f[:, 0])).add_(fine, alpha=.05).clamp_(min=0)
+    pores = (fine*.018).add_(1)
+    for c in range(3):
+        part = (mel*-MELANIN[c]).sub_(blood, alpha=BLOOD[c]).exp_().mul_(pores).mul_(SKIN[c])
+        albedo[c].index_copy_(0, index, part if c < 2 else part.mul_(1 - .14*q["yellow"]))
+    grain.index_copy_(0, index, fine); clouds.index_copy_(0, index, cloud); _spots(p, albedo, u, v)
     a = u.abs(); aged = (p["wrinkle"] > .02)[:, None, None]
     for where, lines in ((seen & (v > -.03) & (v < .42) & (a < .38), _upper), (seen & (a > .06) & (a < .46) & (v < .14) & (v > -.13) & (aged | (p["au6"] > .05)[:, None, None]), _middle), (seen & (v < -.12) & (v > -.47) & (a < .32), _lower)):
-        index, q = gather(where, p, LINES + " skin_offset skin_offset2")
+        index, q = gather(where, p, LINES)
         if index is None: continue
-        x, y = flat(u), flat(v)
-        dark = lines(q, x, y, 0 if lines is _lower else noise(x*.42 + q["skin_offset"], y*.42 + q["skin_offset2"], 0, 1)[0])
+        dark = lines(q, flat(u), flat(v), 0 if lines is _lower else clouds.index_select(0, index))
         albedo.index_copy_(1, index, albedo.index_select(1, index)*torch.exp(dark*torch.tensor([-.75, -1., -1.05])[:, None]))
     return albedo, grain
 
@@ -161,7 +182,7 @@ def paint_beard(p:dict, albedo, u, v, density) -> None:
     hair = torch.stack([q["hair_r"], q["hair_g"], q["hair_b"]])*(.92 + .20*s)
     albedo.index_copy_(1, index, mix(albedo.index_select(1, index)*(1 - shadow*torch.tensor([1., .92, .80])[:, None]), hair.clamp(min=.004), cover))
 
-# %% ../../nbs/11b_skin.ipynb #dcafdfc1
+# %% ../../nbs/11b_skin.ipynb #828eacb0
 EYE = "eye_x eye_size eye_open eye_tilt lid_fold gaze_x gaze_y blink au5 au6 au7 iris_r iris_g iris_b lash makeup shadow_r shadow_g shadow_b light_x light_y pixel squint pupil skin_offset"
 
 def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
@@ -198,7 +219,7 @@ def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     A = mix(A, eye, inside)
     A = mix(A, torch.full_like(A, .014), torch.maximum(dark, under).clamp(0, .96)*torch.where(raise_ > .2, 1., .9))
     albedo.index_copy_(1, index, A + .26*spark*inside*(.0080/(.0052 + .35*q["pixel"])).clamp(max=1))
-    gloss[index] = mix(gloss[index], torch.full_like(e, .10), inside)
+    gloss.index_copy_(0, index, mix(gloss.index_select(0, index), torch.full_like(e, .10), inside))
 
 # %% ../../nbs/11b_skin.ipynb #e1643c3a
 BROW = "eye_x brow_y brow_thick brow_arch au1 au2 au4 au9 brow_r brow_g brow_b brow_dense pixel skin_offset brow_gap brow_long"
@@ -218,7 +239,7 @@ def paint_brows(p:dict, albedo:torch.Tensor, u, v) -> None:
     hair = torch.stack([q["brow_r"], q["brow_g"], q["brow_b"]])
     albedo.index_copy_(1, index, mix(albedo.index_select(1, index), hair, cover.clamp(0, .95)))
 
-# %% ../../nbs/11b_skin.ipynb #ae58b373
+# %% ../../nbs/11b_skin.ipynb #9012360c
 MOUTH = "mouth_y mouth_width lip_upper lip_lower au10 au12 au14 au15 au17 au20 au23 au25 au26 lip_red lipstick stick_r stick_g stick_b nose_length nose_width nose_height pixel skin_offset teeth cupid wrinkle skin_tone"
 
 def mouth_lines(q:dict, U):
@@ -264,4 +285,4 @@ def paint_mouth(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     A = A*(1 - hole*torch.tensor([.68, .78, .78])[:, None])
     wing = gauss(torch.sqrt(((U.abs() - .80*q["nose_width"])/.95)**2 + (V - q["nose_length"] + .012)**2) - .030, .006 + .4*q["pixel"])*step((U.abs() - .80*q["nose_width"])*60 + .3)*step((q["nose_length"] + .018 - V)*60)
     albedo.index_copy_(1, index, A*(1 - .30*wing*torch.tensor([.8, 1., 1.])[:, None]))
-    gloss[index] = gloss[index] + .07*lip*(1 - gap)*(1 + q["lipstick"]) - .03*hole
+    gloss.index_copy_(0, index, gloss.index_select(0, index) + .07*lip*(1 - gap)*(1 + q["lipstick"]) - .03*hole)
