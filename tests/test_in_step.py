@@ -85,7 +85,7 @@ def test_pyproject_leaves_everything_to_settings_ini():
     assert project["requires-python"] == f">={settings()['min_python']}"
 
 
-CHAPTER = {"core": 0, "config": 0, "loop": 0, "style": 0, "data": 1, "extraction": 2, "sphere": 3, "metrics": 4, "stylegan2": 5, "vec2face": 6, "generate": 6,
+CHAPTER = {"core": 0, "config": 0, "loop": 0, "style": 0, "weights": 0, "data": 1, "extraction": 2, "sphere": 3, "metrics": 4, "stylegan2": 5, "vec2face": 6, "generate": 6,
            "recognition": 7, "report": 8, "pipeline": 9, "cli": 9}
 
 

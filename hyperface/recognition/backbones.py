@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SqueezeExcite', 'IBlock', 'Backbone', 'IResNet', 'MobileFaceNet', 'list_models', 'create_model',
-           'model_costs', 'unit_embeddings', 'as_embedder', 'save_pretrained', 'from_pretrained', 'read_checkpoint',
-           'load_arcface_torch', 'area_matrix', 'export_onnx']
+           'model_costs', 'unit_embeddings', 'as_embedder', 'save_pretrained', 'from_pretrained', 'load_arcface_torch',
+           'area_matrix', 'export_onnx']
 
-# %% ../../nbs/70_backbones.ipynb #8e168f19
+# %% ../../nbs/70_backbones.ipynb #9d056993
 import contextlib, json, pickle, re
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core import ConfigError, DataError, MissingWeights, atomic_path, derive_seed
 from ..extraction.onnx_torch import TorchEmbedder, UnitNetwork
-from ..weights import load_strict, read_weights, write_weights
+from ..weights import load_strict, read_checkpoint, read_weights, write_weights
 
 # %% ../../nbs/70_backbones.ipynb #1c619189
 def _conv(inside:int, outside:int, kernel:int=3, stride:int=1, groups:int=1, padding:int|None=None):
@@ -256,28 +256,12 @@ def from_pretrained(folder,       # what `save_pretrained` wrote
     except (KeyError, TypeError) as e: raise DataError(f"{folder}/config.json is incomplete: {e}") from e
     return load_strict(net, state, Path(folder)/"model.safetensors", f"this {net.name}").to(device).eval()
 
-# %% ../../nbs/70_backbones.ipynb #f29e6160
-def read_checkpoint(path # .pt or .pth
-                    ) -> dict: # name -> tensor
-    "Tensors of a torch file, by the restricted unpickler."
-    path = Path(path)
-    if not path.is_file(): raise MissingWeights(f"There is no file {path}", None, "arcface_torch's checkpoints are on its model zoo page; licence: non-commercial research")
-    try: saved = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        wanted = re.search(r"GLOBAL ([\w.]+)|(?:class|instruction|import) ([\w.]+)", str(e))
-        name = next((g for g in wanted.groups() if g), None) if wanted else None
-        raise DataError(f"{path} asks for more than tensors{f': {name}' if name else ''}; refused", None, "Such a file can run code on loading. Ask its author for a state dict, or for safetensors") from e
-    except Exception as e: raise DataError(f"{path} is not a readable torch file: {type(e).__name__}", str(e)[:100], "Fetch it again; the download may have stopped early") from e
-    for key in ("state_dict_backbone", "state_dict", "backbone", "model"):
-        if isinstance(saved, dict) and isinstance(saved.get(key), dict): saved = saved[key]; break
-    if not isinstance(saved, dict) or not saved or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in saved.items()): raise DataError(f"{path} holds no state dict", type(saved).__name__)
-    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", k): v for k, v in saved.items()}
-
+# %% ../../nbs/70_backbones.ipynb #b411049c
 def load_arcface_torch(path,          # .pt or .pth of insightface's arcface_torch
                        device="cpu",  # where it shall live
                        ) -> Backbone: # in evaluation mode
     "A published checkpoint as the backbone that its names and shapes describe."
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, ("state_dict_backbone", "state_dict", "backbone", "model"), "arcface_torch's checkpoints are on its model zoo page; licence: non-commercial research")
     shape = lambda key: tuple(state[key].shape) if key in state else ()
     if "conv_sep.layers.0.weight" in state: name, d, size = "mobilefacenet", (shape("features.layers.2.weight") or (512,))[0], 16*(shape("features.layers.0.layers.0.weight") or (7,))[-1]
     elif len(shape("fc.weight")) == 2 and "layer1.0.bn1.weight" in state:

@@ -7,7 +7,7 @@ __all__ = ['TRAINING', 'GENERATION', 'FMAE_SIZES', 'Masking', 'draw_masks', 'Att
            'ResBlock', 'ImageDecoder', 'FMAEConfig', 'fmae_config', 'FeatureMAE', 'from_vec2face', 'save_fmae',
            'read_fmae']
 
-# %% ../../nbs/60_vec2face.ipynb #f65f8f28
+# %% ../../nbs/60_vec2face.ipynb #e620869e
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import ConfigError, DataError, MissingWeights
-from ..weights import load_strict, read_weights, write_weights
+from ..core import ConfigError, DataError
+from ..weights import load_strict, read_checkpoint, read_weights, write_weights
 
 # %% ../../nbs/60_vec2face.ipynb #4e5b895d
 @dataclass(frozen=True)
@@ -238,17 +238,12 @@ def _paint(self, x): # (N, 50, C) -> (N, 3, H, H)
 
 FeatureMAE._check, FeatureMAE._masks, FeatureMAE.encode, FeatureMAE.decode, FeatureMAE.paint = _check, _masks, _encode, _decode, _paint
 
-# %% ../../nbs/60_vec2face.ipynb #1b7c8f19
+# %% ../../nbs/60_vec2face.ipynb #a104a57e
 def from_vec2face(path, device="cpu", # the file `vec2face_generator.pth`
                   config:FMAEConfig=FMAEConfig()) -> "FeatureMAE":
     "The published generator from its checkpoint; tensors only."
-    path = Path(path)
-    if not path.is_file(): raise MissingWeights(f"There is no file {path}", None, "Put vec2face_generator.pth of BooBooWu/Vec2Face there (MIT licence of the code; the weights' terms are on its page)")
-    try: found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise DataError(f"{path} is not a checkpoint of tensors only: {str(e).splitlines()[0][:160]}", None, "Nothing in it was run. Fetch the file again from its authors") from e
-    state = found.get("model_vec2face", found) if isinstance(found, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()): raise DataError(f"{path} holds no model_vec2face", type(found).__name__, "A dictionary with that entry, or a bare state dict, is expected")
-    return load_strict(FeatureMAE(config), {k.removeprefix("module."): v for k, v in state.items()}, path, "a FeatureMAE of this size").eval().to(device)
+    state = read_checkpoint(path, ("model_vec2face",), "Put vec2face_generator.pth of BooBooWu/Vec2Face there; its terms are on its page")
+    return load_strict(FeatureMAE(config), state, path, "a FeatureMAE of this size").eval().to(device)
 
 def save_fmae(model, folder, half:bool=False, # store float16
               **notes) -> Path:
