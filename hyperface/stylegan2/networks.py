@@ -112,7 +112,7 @@ class MappingNetwork(nn.Module):
         near = self.w_avg.lerp(x, truncation_psi)
         return near if truncation_cutoff is None else torch.cat([near[:, :truncation_cutoff], x[:, truncation_cutoff:]], 1)
 
-# %% ../../nbs/51_networks.ipynb #c2ad12d4
+# %% ../../nbs/51_networks.ipynb #6df1b145
 class SynthesisLayer(nn.Module):
     "A modulated convolution with noise."
     def __init__(self, in_channels:int, out_channels:int, w_dim:int, resolution:int, kernel_size:int=3, up:int=1, use_noise:bool=True,
@@ -139,7 +139,7 @@ class SynthesisLayer(nn.Module):
         k = self.act_gain*gain if fold else 1
         noise = self.noise(x, noise_mode, generator)
         x = modulated_conv2d(x, self.weight, self.affine(w), None if noise is None else noise*k, up=self.up, padding=self.padding, resample_filter=self.resample_filter,
-                             flip_weight=self.up == 1, fused=bool(fused_modconv), gain=k)
+                             flip_weight=self.up == 1, fused_modconv=bool(fused_modconv), gain=k)
         clamp = None if self.conv_clamp is None else self.conv_clamp*gain
         if not fold: return bias_act(x, self.bias, act=self.activation, gain=self.act_gain*gain, clamp=clamp)
         return _activate(x.add_((self.bias*k).to(x.dtype)[:, None, None]), self.activation, clamp)
@@ -153,7 +153,7 @@ class ToRGBLayer(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
     def forward(self, x, w, fused_modconv=None):
-        x = modulated_conv2d(x, self.weight, self.affine(w)*self.weight_gain, demodulate=False, fused=bool(fused_modconv))
+        x = modulated_conv2d(x, self.weight, self.affine(w)*self.weight_gain, demodulate=False, fused_modconv=bool(fused_modconv))
         return bias_act(x, self.bias, clamp=self.conv_clamp)
 
 # %% ../../nbs/51_networks.ipynb #0b5a1a9a

@@ -173,7 +173,7 @@ def conv2d_resample(x:torch.Tensor,       # (N, Cin, H, W)
     if left == right >= 0 and top == bottom >= 0: return F.conv2d(x, w, bias, padding=(top, left), groups=groups)
     return F.conv2d(F.pad(x, (left, right, top, bottom)), w, bias, groups=groups)
 
-# %% ../../nbs/50_ops.ipynb #de63be09
+# %% ../../nbs/50_ops.ipynb #657291d1
 def demodulation(weight:torch.Tensor, # (Cout, Cin, kh, kw)
                  styles:torch.Tensor, # (N, Cin)
                  ) -> torch.Tensor:   # (N, Cout)
@@ -188,7 +188,7 @@ def modulated_conv2d(x:torch.Tensor,       # (N, Cin, H, W)
                      resample_filter:torch.Tensor|None=None,
                      demodulate:bool=True, # scale each output filter to unit norm
                      flip_weight:bool=True,
-                     fused:bool=False,     # one grouped convolution with a weight for each sample
+                     fused_modconv:bool=False, # one grouped convolution with a weight for each sample
                      gain:float=1.0,       # factor on the convolution, not on the noise
                      ) -> torch.Tensor:
     "Convolution with weights scaled by a style for each sample."
@@ -199,10 +199,10 @@ def modulated_conv2d(x:torch.Tensor,       # (N, Cin, H, W)
         styles = styles/styles.abs().amax(1, keepdim=True)
     wide = torch.promote_types(x.dtype, torch.float32)
     d = demodulation(weight.to(wide), styles.to(wide))*gain if demodulate else None
-    if not fused and kh == kw == up == down == 1 and _padding(padding) == [0]*4 and not demodulate:
+    if not fused_modconv and kh == kw == up == down == 1 and _padding(padding) == [0]*4 and not demodulate:
         y = x.permute(0, 2, 3, 1).flatten(1, 2) @ (weight[:, :, 0, 0]*styles[:, None]*gain).to(x.dtype).mT  # (N, H W, Cout)
         y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-    elif fused:
+    elif fused_modconv:
         w = weight*styles[:, None, :, None, None]*(d[:, :, None, None, None] if demodulate else gain)         # (N, Cout, Cin, kh, kw)
         y = conv2d_resample(x.reshape(1, n*cin, *x.shape[2:]), w.flatten(0, 1).to(x.dtype), resample_filter, up, down, padding, n, flip_weight)
         y = y.reshape(n, cout, *y.shape[2:])

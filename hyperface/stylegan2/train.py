@@ -351,11 +351,11 @@ def gan_step(self, step:int) -> dict: # numbers of this step
 
 GANTrainer.step = gan_step
 
-# %% ../../nbs/56_train.ipynb #261c6b49
+# %% ../../nbs/56_train.ipynb #56ae3c8e
 def _grid(self, kimg:float):
     "The same 32 vectors, as the averaged generator sees them now."
     with torch.no_grad(): x = torch.cat([self.ema.module(z.to(self.device), _to(c, self.device), noise_mode="const").float().cpu() for z, c in zip(self.grid_z.split(8), [None]*4 if self.grid_c is None else self.grid_c.split(8))])
-    sheet = face_grid(x.clamp(-1, 1), columns=8)
+    sheet = face_grid(x.clamp(-1, 1), columns=8, scale=max(1, 64//self.config.resolution))
     if self.folder is not None:
         (self.folder/"grids").mkdir(exist_ok=True)
         sheet.save(self.folder/"grids"/f"kimg-{kimg:010.3f}.png")
