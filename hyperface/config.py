@@ -57,7 +57,7 @@ def from_yaml(kind, path:str|Path):
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path} is not plain YAML: {e}") from e
     return from_dict(kind, values or {}, "")
 
-# %% ../nbs/01_config.ipynb #b0c73bfd
+# %% ../nbs/01_config.ipynb #d4a47a3f
 @dataclass(frozen=True)
 class Profile:
     "How much of everything a run does."
@@ -90,7 +90,7 @@ class Profile:
     gan_scratch: float = 45.             # thousands of images a resolution, where the shipped generator is trained anew
     from_scratch: bool = False           # train what otherwise ships with the package
     judge_identities: int = 1_500        # rendered people that the reader of attributes is trained on
-    judge_epochs: int = 8                # passes over their pictures
+    judge_epochs: int = 7                # passes over their pictures
 
 PROFILES = {p.name: p for p in (
     Profile("smoke", rendered_identities=24, rendered_per_identity=4, linear_identities=60, linear_per_identity=4, sphere_identities=600, sphere_samples=3,

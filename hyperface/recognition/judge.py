@@ -82,7 +82,7 @@ class Judge(Embedder):
         "Attributes of faces: years, and the likeliest words."
         return self.read_features(self.features(images))
 
-# %% ../../nbs/75_judge.ipynb #41262c16
+# %% ../../nbs/75_judge.ipynb #ef60b127
 JUDGE_SEED = 9_001 # of the people; generators are trained on seed 1
 
 def train_judge(identities:int=1_500,  # rendered people
@@ -97,8 +97,8 @@ def train_judge(identities:int=1_500,  # rendered people
     "A judge, trained on people of its own; read from the cache where it has been trained before."
     whole("identities", identities, 2); whole("epochs", epochs, 1)
     people = render_faces(identities, per_identity, size=size, nuisance=nuisance, seed=seed, ages=ages)
-    config = recipe("cpu_quick", recipe="judge", image_size=pixels, embedding_dim=64, tasks=("age", "gender", "ethnicity"), task_weights=(2., 10., 20.), scale=16., epochs=epochs,
-                    batch=16 if len(people) < 500 else 64, augment=replace(NO_AUGMENT, flip=.5, shift=.04, zoom=.04), validate_every=0., seed=seed)
+    config = recipe("cpu_quick", recipe="judge", image_size=pixels, embedding_dim=64, tasks=("age", "gender", "ethnicity"), task_weights=(8., 10., 20.), scale=16., clip=.6, epochs=epochs,
+                    batch=16 if len(people) < 500 else 32, augment=replace(NO_AUGMENT, flip=.5, shift=.04, zoom=.04), validate_every=0., seed=seed)
     return Judge(cached_training(config, people, device=device))
 
 # %% ../../nbs/75_judge.ipynb #b78eec13
