@@ -57,7 +57,7 @@ def from_yaml(kind, path:str|Path):
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path} is not plain YAML: {e}") from e
     return from_dict(kind, values or {}, "")
 
-# %% ../nbs/01_config.ipynb #4f5a658b
+# %% ../nbs/01_config.ipynb #d4a47a3f
 @dataclass(frozen=True)
 class Profile:
     "How much of everything a run does."
@@ -85,12 +85,12 @@ class Profile:
     stability_steps: int = 60            # steps of each short run over margins and scales
     gan_kimg: float = 4.                 # thousands of images that a short training of StyleGAN2 sees
     gan_images: tuple[int, ...] = (500, 2_000, 10_000) # sizes of the sets that ADA is tried on
-    gan_continue: float = 1.             # thousands of images for which the shipped generator is trained further
+    gan_continue: float = .25            # thousands of images for which the shipped generator is trained further
     gan_eval: int = 2_000                # generated pictures that distances and attributes are measured on
     gan_scratch: float = 45.             # thousands of images a resolution, where the shipped generator is trained anew
     from_scratch: bool = False           # train what otherwise ships with the package
     judge_identities: int = 1_500        # rendered people that the reader of attributes is trained on
-    judge_epochs: int = 8                # passes over their pictures
+    judge_epochs: int = 7                # passes over their pictures
 
 PROFILES = {p.name: p for p in (
     Profile("smoke", rendered_identities=24, rendered_per_identity=4, linear_identities=60, linear_per_identity=4, sphere_identities=600, sphere_samples=3,
