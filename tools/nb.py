@@ -5,7 +5,7 @@
     python tools/nb.py export [NAME ...]  notebooks -> hyperface/*.py
     python tools/nb.py run   [NAME ...]   execute in place with a fresh kernel and keep the outputs
     python tools/nb.py build NAME ...     nb + export + run
-    python tools/nb.py adopt  REPORT      outputs of the paper's notebooks from a report made with HYPERFACE_PUBLISH=1
+    python tools/nb.py adopt  REPORT [NAME ...]  outputs of the paper's notebooks from a report made with HYPERFACE_PUBLISH=1
     python tools/nb.py readme             nbs/index.ipynb -> README.md
     python tools/nb.py check              exit 1 if package, README or notebooks are out of step; writes nothing
 
@@ -168,9 +168,9 @@ def run(path: Path, timeout: int = 3600) -> float:
     return time.monotonic() - started
 
 
-def adopt(report: Path) -> None:
+def adopt(report: Path, names: list[str]) -> None:
     "Take over the outputs of executed paper notebooks, cell by cell; refuse where the code differs or a cell failed."
-    for path in sorted((NBS / "paper").glob("[!._]*.ipynb")):
+    for path in select(names, sorted((NBS / "paper").glob("[!._]*.ipynb"))):
         done = report / "notebooks" / path.name
         if not done.exists():
             sys.exit(f"{done} is missing: HYPERFACE_PUBLISH=1 hyperface reproduce --out {report}")
@@ -279,7 +279,7 @@ def main() -> None:
     if args.action == "readme":
         return readme()
     if args.action == "adopt":
-        return adopt(Path(args.names[0] if args.names else "reports/quick"))
+        return adopt(Path(args.names[0] if args.names else "reports/quick"), args.names[1:])
     if args.action == "build" and not args.names:
         sys.exit("build needs names; `nb`, `export` and `run` take all by default")
     if args.action in ("nb", "build"):
