@@ -329,13 +329,17 @@ INSTRUCTIONS = {
 }
 
 
+def refused(path, content, message):
+    "A file with this content is a DataError that names it and says why, shortly."
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as e:
+        load_nvlabs(path)
+    assert path.name in str(e.value) and len(str(e.value)) < 700
+
+
 @pytest.mark.parametrize("kind", INSTRUCTIONS)
 def test_hostile_instructions(kind, guarded):
-    content, message = INSTRUCTIONS[kind]
-    (guarded/"evil.pkl").write_bytes(content)
-    with pytest.raises(DataError, match=message) as e:
-        load_nvlabs(guarded/"evil.pkl")
-    assert "evil.pkl" in str(e.value) and len(str(e.value)) < 700
+    refused(guarded/"evil.pkl", *INSTRUCTIONS[kind])
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------------
@@ -516,11 +520,7 @@ FILES = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_files_that_are_no_such_pickle(kind, guarded):
-    content, message = FILES[kind]
-    (guarded/"file.pkl").write_bytes(content)
-    with pytest.raises(DataError, match=message) as e:
-        load_nvlabs(guarded/"file.pkl")
-    assert "file.pkl" in str(e.value) and len(str(e.value)) < 700
+    refused(guarded/"file.pkl", *FILES[kind])
 
 
 def test_things_that_are_no_files(guarded):

@@ -68,7 +68,7 @@ def _upsample(x, f, up, pad):
     else: y = y.unflatten(1, (-1, uy, ux)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
     return y[..., :height, :width]
 
-# %% ../../nbs/50_ops.ipynb #643f9940
+# %% ../../nbs/50_ops.ipynb #f64d2d72
 def upfirdn2d(x:torch.Tensor,   # (N, C, H, W)
               f:torch.Tensor|None, # (k,) applied along both axes, (kh, kw), or None
               up=1,             # zeros inserted: one number or (x, y)
@@ -91,22 +91,23 @@ def upfirdn2d(x:torch.Tensor,   # (N, C, H, W)
     if x.shape[3] + pad[0] + pad[1] < f.shape[1] or x.shape[2] + pad[2] + pad[3] < f.shape[0]: raise DataError("The image with its padding is smaller than the filter", tuple(x.shape))
     return _depthwise(x, f[None], (dy, dx), pad)
 
+def _around(f, padding, up=1, down=1): # (left, right, top, bottom)
+    "The padding that keeps the filter centred, added to what was asked for."
+    p = _padding(padding)
+    side = lambda n: ((n + up - 1)//2, (n - up)//2) if down == 1 else ((n - down + 1)//2, (n - down)//2)
+    return [a + b for a, b in zip(p, (*side(f.shape[-1]), *side(f.shape[0])))]
+
 def filter2d(x, f, padding=0, flip_filter=False, gain=1.0) -> torch.Tensor:
     "Filter; the size stays."
-    (fh, fw), p = f.shape[-2:] if f.ndim == 2 else (len(f), len(f)), _padding(padding)
-    return upfirdn2d(x, f, padding=[p[0] + fw//2, p[1] + (fw - 1)//2, p[2] + fh//2, p[3] + (fh - 1)//2], flip_filter=flip_filter, gain=gain)
+    return upfirdn2d(x, f, padding=_around(f, padding), flip_filter=flip_filter, gain=gain)
 
 def upsample2d(x, f, up:int=2, padding=0, flip_filter=False, gain=1.0) -> torch.Tensor:
     "`up` times as large."
-    (fh, fw), p = f.shape[-2:] if f.ndim == 2 else (len(f), len(f)), _padding(padding)
-    p = [p[0] + (fw + up - 1)//2, p[1] + (fw - up)//2, p[2] + (fh + up - 1)//2, p[3] + (fh - up)//2]
-    return upfirdn2d(x, f, up=up, padding=p, flip_filter=flip_filter, gain=gain*up*up)
+    return upfirdn2d(x, f, up=up, padding=_around(f, padding, up=up), flip_filter=flip_filter, gain=gain*up*up)
 
 def downsample2d(x, f, down:int=2, padding=0, flip_filter=False, gain=1.0) -> torch.Tensor:
     "`down` times as small."
-    (fh, fw), p = f.shape[-2:] if f.ndim == 2 else (len(f), len(f)), _padding(padding)
-    p = [p[0] + (fw - down + 1)//2, p[1] + (fw - down)//2, p[2] + (fh - down + 1)//2, p[3] + (fh - down)//2]
-    return upfirdn2d(x, f, down=down, padding=p, flip_filter=flip_filter, gain=gain)
+    return upfirdn2d(x, f, down=down, padding=_around(f, padding, down=down), flip_filter=flip_filter, gain=gain)
 
 # %% ../../nbs/50_ops.ipynb #d0fb994f
 ACTIVATIONS = {"linear": (lambda x, a: x, 1.0), "relu": (lambda x, a: F.relu(x), math.sqrt(2)), "lrelu": (lambda x, a: F.leaky_relu(x, a), math.sqrt(2)),
@@ -133,7 +134,7 @@ def bias_act(x:torch.Tensor,        # (N, C, ...)
     if gain != 1: x = x*gain
     return x if clamp is None else x.clamp(-clamp, clamp)
 
-# %% ../../nbs/50_ops.ipynb #8aacd8a3
+# %% ../../nbs/50_ops.ipynb #3c0fc572
 def conv2d_resample(x:torch.Tensor,       # (N, Cin, H, W)
                     w:torch.Tensor,       # (Cout, Cin / groups, kh, kw)
                     f:torch.Tensor|None=None, # resampling filter
@@ -150,10 +151,10 @@ def conv2d_resample(x:torch.Tensor,       # (N, Cin, H, W)
     if x.shape[1] != w.shape[1]*groups: raise DataError(f"The weights take {w.shape[1]*groups} channels", x.shape[1])
     kh, kw = w.shape[2:]
     f = f if f is not None or up == down == 1 else torch.ones(1, 1, device=x.device)
-    fh, fw = (1, 1) if f is None else (len(f), len(f)) if f.ndim == 1 else f.shape
-    left, right, top, bottom = _padding(padding)
-    if up > 1: left, right, top, bottom = left + (fw + up - 1)//2, right + (fw - up)//2, top + (fh + up - 1)//2, bottom + (fh - up)//2
-    if down > 1: left, right, top, bottom = left + (fw - down + 1)//2, right + (fw - down)//2, top + (fh - down + 1)//2, bottom + (fh - down)//2
+    pad = _padding(padding)
+    if up > 1: pad = _around(f, pad, up=up)
+    if down > 1: pad = _around(f, pad, down=down)
+    left, right, top, bottom = pad
     w = w if flip_weight else w.flip([2, 3])
     def finish(y): return y if bias is None else y + bias[:, None, None]
     if up > 1 and kh == kw == 1:                                                    # mix channels first, at the small size

@@ -6,14 +6,14 @@
 __all__ = ['shipped_generators', 'weights_folder', 'load_generator', 'generate', 'balanced_conditions', 'generate_records',
            'StyleGAN2Faces']
 
-# %% ../../nbs/57_sample.ipynb #b009bb81
+# %% ../../nbs/57_sample.ipynb #9b02772f
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ..core import ConfigError, DataError, MissingWeights, best_device, progress, torch_rng
+from ..core import ConfigError, DataError, MissingWeights, best_device, derive_seed, progress, torch_rng
 from ..data.records import Records
 from .conditions import ConditionSchema, Identity
 from .networks import Generator
@@ -49,8 +49,7 @@ def load_generator(source,        # folder of a run or of a generator, .pkl of N
     saved = G.notes.get("schema")
     return G, None if saved is None else ConditionSchema.from_dict(saved)
 
-# %% ../../nbs/57_sample.ipynb #52d3ff0b
-@torch.no_grad()
+# %% ../../nbs/57_sample.ipynb #a00db17a
 def generate(model,              # as `load_generator` takes it, or what it gave
              n:int=16,           # pictures; ignored where conditions have rows
              seed:int=0,         # of the random vectors
@@ -68,11 +67,17 @@ def generate(model,              # as `load_generator` takes it, or what it gave
     c = _labels(G, schema, int(n), labels, conditions)
     n = int(n) if c is None else len(c)
     z = torch.stack([torch.randn(G.z_dim, generator=torch_rng(seed, "z", i)) for i in range(n)]) if n else torch.zeros(0, G.z_dim)
+    return _draw(G, z, c, truncation_psi, noise_mode, batch, derive_seed(seed, "noise"))
+
+@torch.no_grad()
+def _draw(G, z, c, psi, noise_mode, batch, noise_seed) -> torch.Tensor: # (n, C, r, r), on the CPU
+    "Pictures of random vectors and label vectors, a batch at a time."
     device, parts = next(G.parameters()).device, [torch.zeros(0, G.img_channels, G.img_resolution, G.img_resolution)]
-    for start in progress(range(0, n, batch), "generating", unit="batch"):
+    noise = torch.Generator(device).manual_seed(noise_seed)
+    for start in progress(range(0, len(z), batch), "generating", unit="batch"):
         part = slice(start, start + batch)
-        ws = G.mapping(z[part].to(device), None if c is None else c[part].to(device), truncation_psi=truncation_psi)
-        parts.append(G.synthesis(ws, noise_mode=noise_mode, generator=torch.Generator(device).manual_seed(seed*1_000_003 + start)).float().clamp(-1, 1).cpu())
+        ws = G.mapping(z[part].to(device), None if c is None else c[part].to(device), truncation_psi=psi)
+        parts.append(G.synthesis(ws, noise_mode=noise_mode, generator=noise).float().clamp(-1, 1).cpu())
     return torch.cat(parts)
 
 def _labels(G, schema, n, labels, conditions):
@@ -90,7 +95,7 @@ def _labels(G, schema, n, labels, conditions):
     rows = any(np.ndim(v) > (1 if isinstance(schema[k], Identity) and not isinstance(v, list) else 0) or isinstance(v, list) for k, v in conditions.items())
     return schema.encode(conditions, **({} if rows else dict(n=n)))
 
-# %% ../../nbs/57_sample.ipynb #3908fa81
+# %% ../../nbs/57_sample.ipynb #9c759fd4
 def balanced_conditions(schema:ConditionSchema, n:int, seed:int=0, ages=(18, 75)) -> pd.DataFrame:
     "Conditions for n pictures: categories in all combinations equally often, ages evenly in a range, other numbers evenly in theirs."
     g, table = torch_rng(seed, "balanced"), {}
@@ -123,7 +128,6 @@ class StyleGAN2Faces:
         own = [] if self.schema is None else [a for a in self.schema.attributes if isinstance(a, Identity)]
         if len(own) != 1: raise ConfigError("This generator is not conditioned on identity vectors", None if self.schema is None else self.schema.names, "Train one: labels=identity vectors with a schema that has an Identity")
         self.identity, self.image_size = own[0], self.G.img_resolution
-    @torch.no_grad()
     def generate(self, embeddings, # (N, dim) unit vectors
                  *, n_per_identity:int=1, # pictures of each
                  attributes=None,  # dict or table of N rows: other conditions
@@ -132,10 +136,5 @@ class StyleGAN2Faces:
         "Pictures of identities."
         e = np.asarray(embeddings, np.float32)
         c = self.schema.encode(attributes, **{self.identity.name: e}).repeat_interleave(n_per_identity, 0)
-        device, parts = next(self.G.parameters()).device, [torch.zeros(0, 3, self.image_size, self.image_size)]
-        for part in c.split(self.batch):
-            z = torch.randn(len(part), self.G.z_dim, generator=generator)
-            noise = torch.Generator(device).manual_seed(int(torch.randint(2**62, [], generator=generator)))
-            ws = self.G.mapping(z.to(device), part.to(device), truncation_psi=self.psi)
-            parts.append(self.G.synthesis(ws, noise_mode=self.noise_mode, generator=noise).float().clamp(-1, 1).cpu())
-        return torch.cat(parts)
+        z = torch.randn(len(c), self.G.z_dim, generator=generator)
+        return _draw(self.G, z, c, self.psi, self.noise_mode, self.batch, int(torch.randint(2**62, [], generator=generator)))
