@@ -12,7 +12,8 @@ from hyperface.core import ConfigError, DataError
 from hyperface.data.head import EXPRESSIONS
 from hyperface.data.records import Records
 from hyperface.recognition.attention import AttentionConfig, DemographicAttention, group_loss, group_posterior, insert_attention
-from hyperface.recognition.backbones import create_model, export_onnx, from_pretrained, load_weights, save_pretrained
+from hyperface.recognition.backbones import create_model, export_onnx, from_pretrained, save_pretrained
+from hyperface.weights import load_strict
 from hyperface.recognition.multitask import (AGES, CLASSES, TASKS, WEIGHTS, HyperFaceLoss, MultiTaskHeads, age_loss, expected_age, geodesic, label_mask, pose_degrees,
                                              pose_matrix, rotation_6d, task_errors, task_labels, task_loss, task_metrics)
 
@@ -223,7 +224,7 @@ def test_attention_is_the_identity_until_trained_and_adds_nothing_elsewhere(name
     assert {k for k in attended.state_dict() if not k.startswith("attention.")} == set(plain.state_dict())
     features, logits = attended(x, return_groups=True)
     assert [tuple(v.shape) for v in logits] == [(2, 3)]*2 and plain(x, return_groups=True)[1] == []
-    inserted = insert_attention(load_weights(create_model(name, image_size=64, seed=5), plain.state_dict(), "test"), GROUPS).eval()
+    inserted = insert_attention(load_strict(create_model(name, image_size=64, seed=5), plain.state_dict(), "test"), GROUPS).eval()
     assert torch.equal(inserted(x), plain(x))
 
 
