@@ -57,7 +57,7 @@ def from_yaml(kind, path:str|Path):
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path} is not plain YAML: {e}") from e
     return from_dict(kind, values or {}, "")
 
-# %% ../nbs/01_config.ipynb #d4a47a3f
+# %% ../nbs/01_config.ipynb #03ad1974
 @dataclass(frozen=True)
 class Profile:
     "How much of everything a run does."
@@ -91,6 +91,7 @@ class Profile:
     from_scratch: bool = False           # train what otherwise ships with the package
     judge_identities: int = 1_500        # rendered people that the reader of attributes is trained on
     judge_epochs: int = 7                # passes over their pictures
+    photo_epochs: float = 0.             # passes over LFW for a generator of faces from real vectors; 0: not trained
 
 PROFILES = {p.name: p for p in (
     Profile("smoke", rendered_identities=24, rendered_per_identity=4, linear_identities=60, linear_per_identity=4, sphere_identities=600, sphere_samples=3,
@@ -98,12 +99,13 @@ PROFILES = {p.name: p for p in (
             train_recipe="cpu_smoke", train_identities=24, train_per_identity=8, test_identities=16, test_per_identity=8, test_pairs=300, stability_steps=4,
             gan_kimg=.32, gan_images=(40, 80), gan_continue=.032, gan_eval=60, gan_scratch=.16, judge_identities=40, judge_epochs=1),
     Profile("quick"),
+    Profile("real", photo_epochs=1.5),
     Profile("study", seeds=3, rendered_identities=1_000, rendered_per_identity=20, linear_identities=1_000, packing_steps=140, published_steps=60, gallery=5_000,
             attribute_images=2_900, bootstrap=2_000, train_recipe="cpu_study", train_identities=500, test_identities=100, test_pairs=10_000, stability_steps=150,
             gan_kimg=24., gan_continue=4., gan_eval=5_000, judge_identities=3_000, judge_epochs=12),
     Profile("full", seeds=3, rendered_identities=10_000, rendered_per_identity=50, linear_identities=2_000, packing_steps=450, published_steps=2_000, gallery=10_000,
             attribute_images=13_000, bootstrap=10_000, train_recipe="vec2face", train_identities=10_000, train_per_identity=50, test_identities=1_000, test_per_identity=20, test_pairs=10_000, stability_steps=2_000,
-            gan_kimg=25_000., gan_continue=1_000., gan_eval=50_000, gan_scratch=5_000., judge_identities=10_000, judge_epochs=20))}
+            gan_kimg=25_000., gan_continue=1_000., gan_eval=50_000, gan_scratch=5_000., judge_identities=10_000, judge_epochs=20, photo_epochs=100.))}
 
 def load_profile(name:str # one of `PROFILES`, or a YAML file with the fields of `Profile`
                  ) -> Profile:

@@ -139,7 +139,7 @@ def adaptive_weight(rest, critic, # scalars with a graph: the other terms, and -
     a, = torch.autograd.grad(rest, last, retain_graph=True); b, = torch.autograd.grad(critic, last, retain_graph=True)
     return (factor*(a.norm()/(b.norm() + 1e-4)).clamp(0, most)).detach()
 
-# %% ../../nbs/61_vec2face_losses.ipynb #7a691d0c
+# %% ../../nbs/61_vec2face_losses.ipynb #fb11d7e6
 @dataclass(frozen=True)
 class LossWeights:
     "Weights of the terms, as published; 0 switches a term off."
@@ -168,13 +168,14 @@ class Vec2FaceLoss(nn.Module):
     def forward(self, made, real,     # (N, 3, H, W)
                 decoded, tokens,      # (N, 1 + T, C): the decoder's tokens, and those before masking
                 identity=None,        # (N, D) unit vectors of `real`; None: the recogniser's own
+                skip=(),              # names of terms to leave out this time
                 ) -> tuple:           # scalar, dict of floats
         w, parts = self.weights, {}
-        if w.pixels: parts["pixels"] = w.pixels*F.mse_loss(made, real)
-        if w.perceptual: parts["perceptual"] = w.perceptual*self.perception(made, real).mean()
-        if w.ssim: parts["ssim"] = w.ssim*(1 - ssim(made, real)).mean()
-        if w.tokens: parts["tokens"] = w.tokens*F.mse_loss(decoded, tokens.detach())
-        if w.identity:
+        if w.pixels and "pixels" not in skip: parts["pixels"] = w.pixels*F.mse_loss(made, real)
+        if w.perceptual and "perceptual" not in skip: parts["perceptual"] = w.perceptual*self.perception(made, real).mean()
+        if w.ssim and "ssim" not in skip: parts["ssim"] = w.ssim*(1 - ssim(made, real)).mean()
+        if w.tokens and "tokens" not in skip: parts["tokens"] = w.tokens*F.mse_loss(decoded, tokens.detach())
+        if w.identity and "identity" not in skip:
             if identity is None:
                 with torch.no_grad(): identity = self.recogniser(real)
             parts["identity"] = w.identity*(1 - (self.recogniser(made)*identity).sum(1)).mean()

@@ -32,7 +32,7 @@ from ..style import face_grid
 from .losses import LossWeights, LPIPS, OwnPerception, PatchCritic, Vec2FaceLoss, adaptive_weight, critic_loss, load_lpips
 from .networks import GENERATION, TRAINING, FMAEConfig, FeatureMAE, Masking
 
-# %% ../../nbs/62_vec2face_train.ipynb #1bd60e2c
+# %% ../../nbs/62_vec2face_train.ipynb #962e3cb2
 FEATURE_NORM = 21.9 # length of the features that the published network was trained on
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Vec2FaceConfig:
     weight_decay: float = .01
     clip: float|None = 2.             # largest norm of the gradient; None: not clipped
     critic_from: float = .8           # share of the training after which the critic plays; 1: never
+    identity_from: float = 0.         # share of the training after which the identity term counts
     critic_widths: tuple[int, ...] = (64, 128, 256, 512) # channels of the critic
     ema_kimg: float = 10.             # half-life of the averaged generator, thousands of images
     precision: Literal["auto", "float32", "bf16"] = "auto" # bf16 where it is fast
@@ -62,7 +63,8 @@ class Vec2FaceConfig:
         for name in ("feature_norm", "epochs", "batch", "ema_kimg", "tick_kimg", "patience"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))): raise ConfigError(f"{name} must be above 0", getattr(self, name))
         if self.lr is not None and not 0 < self.lr < math.inf: raise ConfigError("lr must be above 0", self.lr)
-        if not 0 <= self.critic_from <= 1: raise ConfigError("critic_from must lie in [0, 1]", self.critic_from)
+        for name in ("critic_from", "identity_from"):
+            if not 0 <= getattr(self, name) <= 1: raise ConfigError(f"{name} must lie in [0, 1]", getattr(self, name))
         if not 0 <= self.held_out < 1: raise ConfigError("held_out must lie in [0, 1)", self.held_out)
         if not 0 <= self.warmup < self.epochs: raise ConfigError("warmup must be shorter than the training", self.warmup)
     @property
@@ -70,7 +72,7 @@ class Vec2FaceConfig:
     @property
     def image_size(self) -> int: return self.network.image_size
 
-_CPU = dict(lr=8e-4, batch=32, warmup=.2, ema_kimg=3., critic_widths=(16, 32, 64, 128), critic_from=.75)
+_CPU = dict(lr=8e-4, batch=32, warmup=.1, ema_kimg=3., critic_widths=(16, 32, 64, 128), critic_from=.75, identity_from=.2, weights=dict(pixels=2., perceptual=.5, ssim=.3, tokens=.1, identity=.3))
 _CPU_NET = dict(dim=128, grid=4, depth=4, heads=4, decoder_depth=2, decoder_heads=4, dropout=0., latent=64, channels=16, multipliers=(1, 2, 4, 4, 4), groups=8)
 VEC2FACE_PRESETS = dict(vec2face=dict(), cpu64=dict(_CPU, network=_CPU_NET, epochs=2.), cpu32=dict(_CPU, network=_CPU_NET | dict(multipliers=(2, 4, 4, 4)), epochs=1.5),
                         cpu_smoke=dict(_CPU, network=_CPU_NET | dict(dim=32, depth=1, decoder_depth=1, latent=16, channels=8, multipliers=(1, 2, 2, 2), groups=4), epochs=2., tick_kimg=.25, ema_kimg=.2, critic_widths=(8, 16, 16, 16)))
@@ -192,7 +194,7 @@ def start_from(model:FeatureMAE, folder) -> list[str]: # names of tensors that s
     model.load_state_dict({**mine, **state})
     return new
 
-# %% ../../nbs/62_vec2face_train.ipynb #9f853229
+# %% ../../nbs/62_vec2face_train.ipynb #e7fa330d
 def _finite_mean(self, module) -> bool:
     "Average the gradients over the processes; whether they are finite."
     grads = [p.grad for p in module.parameters() if p.grad is not None]
@@ -219,7 +221,7 @@ def vec2face_step(self, step:int) -> dict: # numbers of this step
     with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
         torch.manual_seed(derive_seed(c.seed, "dropout", step, self.ranks.rank))
         made, decoded = self.G(vectors*c.feature_norm, masking=c.masking, generator=g)
-        loss, line = self.loss(made.float(), real, decoded.float(), self.G.targets.float(), vectors)
+        loss, line = self.loss(made.float(), real, decoded.float(), self.G.targets.float(), vectors, () if step >= c.identity_from*self.total else ("identity",))
         if plays := self.critic_plays(step):
             self.D.requires_grad_(False)
             verdict = -self.D(made).float().mean()
