@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'KINDS', 'COLUMNS', 'BANDS', 'STYLE', 'WORDS', 'LIMITS', 'Subject', 'open_subject', 'Rules', 'centred',
-           'common_direction', 'typical_rows', 'Faults', 'measure_faults', 'list_findings', 'Attributes',
-           'read_attributes', 'group_shares', 'picture_style', 'style_diversity', 'shown_name', 'data_uri', 'face_html',
-           'figures_of', 'measures_of', 'finding_html', 'nearest_training', 'page_of', 'Inspection', 'to_json',
-           'write_inspection', 'inspect_dataset']
+           'common_direction', 'typical_rows', 'leak_threshold', 'Faults', 'measure_faults', 'list_findings',
+           'Attributes', 'read_attributes', 'group_shares', 'picture_style', 'style_diversity', 'shown_name',
+           'data_uri', 'face_html', 'figures_of', 'measures_of', 'finding_html', 'nearest_training', 'page_of',
+           'read_limits', 'Inspection', 'to_json', 'write_inspection', 'inspect_dataset']
 
 # %% ../../nbs/84a_inspection.ipynb #62bc27d3
 import base64, html, io, re
@@ -79,7 +79,7 @@ def _given(records, embeddings) -> Subject:
     bad = pd.DataFrame(dict(image=names[at < 0], reason="no vector in the embeddings given"))
     return _subject(records, at >= 0, e.vectors[at[at >= 0]], e.meta.get("embedder", "unknown"), e.meta.get("embedder_key"), bad)
 
-# %% ../../nbs/84a_inspection.ipynb #aa8b190d
+# %% ../../nbs/84a_inspection.ipynb #169fe9ec
 FLOOR = .1        # mean cosine of strangers from which the common direction is removed
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class Rules:
     leak: float|None = None             # from it a picture is one of the training set; None derives it from `chance`
     chance: float = .01                 # share of pictures that may count as leaked although nothing leaked
     centre: bool|None = None            # remove the common direction; None: where strangers are alike by more than FLOOR
+    def __post_init__(self):
+        for name in ("outlier", "same_person", "duplicate", "leak"):
+            v = getattr(self, name)
+            if not (v is None and name == "leak" or isinstance(v, (int, float)) and -1 <= v <= 1): raise ConfigError(f"{name} must be a cosine in [-1, 1]", v)
+        if not 0 < self.chance < 1: raise ConfigError("chance must be between 0 and 1", self.chance)
 
 def centred(vectors, # (N, D) unit
             mean,    # (D,) what all have in common
@@ -133,7 +138,30 @@ def _rows(kind:str, subject, row, other_row=None, cosine=np.nan, note="", there=
         other_identity=np.where(at >= 0, there.labels[at], None) if len(row) else [], cosine=np.broadcast_to(np.asarray(cosine, dtype=float), len(row)), note=note, row=row, other_row=at))
     return frame[COLUMNS]
 
-# %% ../../nbs/84a_inspection.ipynb #532ab03d
+# %% ../../nbs/84a_inspection.ipynb #8c76ce80
+def leak_threshold(vectors,         # (M, D) of the training set
+                   labels,          # M identities, None where not known
+                   chance:float=.01,# share of pictures that have a stranger as near as the threshold
+                   sample:int=4000, # training pictures asked, drawn
+                   seed:int=0,      # of the draw
+                   ) -> float|None: # None: too few people with a label
+    "The cosine that the nearest stranger in the training set reaches for one picture in a hundred."
+    if not 0 < chance < 1: raise ConfigError("chance must be between 0 and 1", chance)
+    rows = np.flatnonzero([v is not None for v in labels])
+    code = np.unique(np.asarray(labels, dtype=object)[rows].astype(str), return_inverse=True)[1] if len(rows) else rows
+    if len(rows) < 100 or code.max() < 10: return None
+    y, nearest = np.ascontiguousarray(vectors[rows]), []
+    asked = np.sort(rng(seed, "leak threshold").permutation(len(rows))[:sample])
+    for part in np.array_split(asked, -(-len(asked)//512)):
+        best = np.full(len(part), -1., np.float32)
+        for j in range(0, len(y), 8192):
+            s = y[part] @ y[j:j + 8192].T                                      # (512, 8192)
+            s[code[part, None] == code[None, j:j + 8192]] = -1
+            np.maximum(best, s.max(1), out=best)
+        nearest.append(best)
+    return float(np.quantile(np.concatenate(nearest), 1 - chance))
+
+# %% ../../nbs/84a_inspection.ipynb #35c860f9
 @dataclass
 class Faults:
     "What was measured and found in the vectors of a set."
@@ -150,6 +178,11 @@ def _without_labels(x, rules, max_pairs, seed):
     found = noise_report(x, np.arange(len(x)), None, None, rules.outlier, rules.same_person, rules.duplicate, max_pairs, seed)
     about_labels = found.summary.measure.isin(["identities", "inter_class_noise_rate", "inter_class_noise_corrected_rate", "uniqueness_rate"])
     return replace(found, same_person=found.same_person.iloc[:0], summary=found.summary.assign(value=found.summary.value.mask(about_labels)))
+
+def _leaks(x, y, whose, rules, seed):
+    "Leakage by the threshold given, that of the training set's own strangers, or the extrapolated one."
+    own = rules.leak is None and leak_threshold(y, whose, rules.chance, seed=seed)
+    return replace(leakage(x, y, own, seed=seed), chance=rules.chance) if own else leakage(x, y, rules.leak, rules.chance, seed=seed)
 
 def measure_faults(subject:Subject,
                    train:Subject|None=None, # training set, to look for leaks
@@ -174,7 +207,7 @@ def measure_faults(subject:Subject,
         references = references and {k: centred(np.asarray(v)[None], mean)[0] for k, v in references.items()}
         noise = report(x, references)
     if known.any() and not known.all(): noise = replace(noise, outliers=noise.outliers.assign(index=np.flatnonzero(known)[noise.outliers["index"]]), duplicates=near_duplicates(x, None, rules.duplicate))
-    leaks = None if y is None else leakage(x, y, rules.leak, rules.chance, seed=seed)
+    leaks = None if y is None else _leaks(x, y, train.labels, rules, seed)
     fit, between = np.full(len(x), np.nan), np.zeros(200, np.int64)
     if known.any():
         fit[known] = cosine_to_identity(x[known], labels[known], references)
@@ -330,15 +363,15 @@ def face_html(subject:Subject, row:int, # of the picture; -1: there is none
     picture = f'<span class="gone">{why}</span>' if why else f'<img alt="{name}" width="{size}" height="{size}" src="{uri}">'
     return f'<figure class="face">{picture}<figcaption>{caption}<br><span class="soft">{name}</span></figcaption></figure>'
 
-# %% ../../nbs/84a_inspection.ipynb #8ad28643
+# %% ../../nbs/84a_inspection.ipynb #b1223eed
 def _png(figure) -> bytes:
     out = io.BytesIO(); figure.savefig(out, format="png", dpi=110); return out.getvalue()
 
-def _axes(n:int, width:float=4., height:float=2.9):
-    "A figure with n axes side by side, outside pyplot."
+def _axes(width:float=3.6, height:float=2.7):
+    "A figure with one pair of axes, outside pyplot."
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width*n, height), layout="constrained")
-    return figure, figure.subplots(1, n, squeeze=False)[0]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 def figures_of(faults:Faults,
                attributes:Attributes,
@@ -349,27 +382,28 @@ def figures_of(faults:Faults,
     from hyperface.style import CYCLE, MEANING, use_style
     with mpl.rc_context():
         use_style(110)
-        figure, (ax,) = _axes(1, 6.4, 3)
+        figure, ax = _axes(6.4, 3)
         plot_similarities(faults.noise.similarities, ax)
         s = separability(faults.noise.similarities)
         out = dict(similarities=(_png(figure), f"Densities of genuine and impostor similarities: means {s.genuine_mean:.2f} and {s.impostor_mean:.2f}, overlap {s.overlap_rate:.2%}, EER {s.eer_rate:.2%}"))
-        edges, fit = np.linspace(-1, 1, 201), faults.fit[np.isfinite(faults.fit)]
+        edges, fit, between = np.linspace(-1, 1, 101), faults.fit[np.isfinite(faults.fit)], faults.between
         if len(fit):
-            figure, axes = _axes(2)
-            axes[0].stairs(np.histogram(fit, edges)[0], edges, fill=True, color=MEANING["genuine"])
-            axes[1].stairs(faults.between, edges, fill=True, color=MEANING["impostor"])
-            for ax, rule, label, count in ((axes[0], rules.outlier, "picture to its identity", "pictures"), (axes[1], rules.same_person, "identity to identity", "pairs")):
-                ax.axvline(rule, ls="--", color="k", lw=1); ax.set(xlabel=f"cosine, {label}", ylabel=count, yscale="log", xlim=(-.5, 1))
-            out["noise"] = (_png(figure), f"Histograms: {np.mean(fit < rules.outlier):.2%} of {len(fit):,} pictures lie below {rules.outlier} to their identity; {faults.between[edges[:-1] >= rules.same_person - 1e-9].sum():,} of {faults.between.sum():,} pairs of identities lie above {rules.same_person}")
-        seen = [c for c in ("yaw", "pitch", "age") if len(attributes.known(c))]
-        if seen:
-            figure, axes = _axes(len(seen), 3.1, 2.6)
-            for ax, c, colour in zip(axes, seen, CYCLE):
-                ax.hist(attributes.known(c)[c].astype(float), 40, color=colour); ax.set(xlabel="age, years" if c == "age" else f"{c}, degrees", ylabel="pictures")
-            out["attributes"] = (_png(figure), "Histograms of " + ", ".join(f"{c}: median {np.median(attributes.known(c)[c].astype(float)):.0f}" for c in seen))
+            within = np.histogram(fit, edges)[0]
+            for name, counts, rule, label, unit in (("within", within, rules.outlier, "picture to its identity", "pictures"), ("between", between.reshape(100, 2).sum(1), rules.same_person, "identity to identity", "pairs")):
+                figure, ax = _axes()
+                ax.stairs(counts, edges, fill=True, color=MEANING["genuine" if name == "within" else "impostor"])
+                ax.axvline(rule, ls="--", color="k", lw=1); ax.set(xlabel=f"cosine, {label}", ylabel=unit, xlim=(-.5, 1), yscale="log" if counts.any() else "linear")
+                there = f"{np.sum(fit < rule):,} of {len(fit):,} pictures lie below" if name == "within" else f"{between[np.linspace(-1, 1, 201)[:-1] >= rule - 1e-9].sum():,} of {between.sum():,} pairs lie above"
+                out[name] = (_png(figure), f"Histogram of the cosine of {label}: {there} {rule}")
+        for c, colour in zip(("yaw", "pitch", "age"), CYCLE):
+            values = attributes.known(c)
+            if not len(values): continue
+            figure, ax = _axes(3.1, 2.5)
+            ax.hist(values[c].astype(float), 40, color=colour); ax.set(xlabel="age, years" if c == "age" else f"{c}, degrees", ylabel="pictures")
+            out[c] = (_png(figure), f"Histogram of {c}: median {np.median(values[c].astype(float)):.0f}, n {len(values):,}")
     return out
 
-# %% ../../nbs/84a_inspection.ipynb #28791009
+# %% ../../nbs/84a_inspection.ipynb #7fd5bac7
 def measures_of(subject:Subject, faults:Faults, spread:tuple[float, int]=(np.nan, 0), # what `style_diversity` returned
                 ) -> pd.DataFrame: # measure, value, as_embedded, n, meaning
     "All measures of a set with their n."
@@ -381,19 +415,22 @@ def measures_of(subject:Subject, faults:Faults, spread:tuple[float, int]=(np.nan
     frame = noise.summary.assign(n=[n.get(m, len(subject)) for m in noise.summary.measure])
     frame["as_embedded"] = printed.summary.set_index("measure").value.reindex(frame.measure).to_numpy()
     rows = [("diversity_rate", spread[0], spread[0], spread[1], "styles of the reference that one identity covers")]
-    if faults.leaks is not None: rows.append(("leak_rate", faults.leaks.rate, np.nan, len(subject), f"nearest training picture at cosine >= {faults.leaks.threshold:.3f}; {faults.leaks.chance:.1%} by chance"))
+    if faults.leaks is not None: rows.append(("leak_rate", faults.leaks.rate, np.nan, len(subject), f"nearest of the training pictures at cosine >= {faults.leaks.threshold:.3f}; {faults.leaks.chance:.1%} expected though nothing leaked"))
     total = len(subject) + len(subject.unreadable)
     rows.append(("unreadable_rate", len(subject.unreadable)/total, np.nan, total, "pictures without a vector"))
     order = ["measure", "value", "as_embedded", "n", "meaning"]
     frame = pd.concat([frame[order], pd.DataFrame(rows, columns=order)], ignore_index=True)
     return frame[frame.value.notna()].reset_index(drop=True)
 
-# %% ../../nbs/84a_inspection.ipynb #cbbd6d3e
+# %% ../../nbs/84a_inspection.ipynb #859568d1
 STYLE = """<style>.pair{display:flex;flex-wrap:wrap;gap:.8rem;border-bottom:1px solid var(--line);padding:.7rem 0;align-items:flex-start}.pair p{flex:1 1 12rem;margin:0}.face{margin:0;width:7.2rem;font-size:.82rem;line-height:1.35;overflow-wrap:anywhere}
-.face img,.gone{width:6rem;height:6rem;display:block;margin:0;border-radius:4px}.gone{background:var(--wash);border:1px solid var(--line);font-size:.7rem;padding:.4rem;color:var(--soft)}.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}h1{overflow-wrap:anywhere}.box td{overflow-wrap:anywhere;min-width:3.5rem}</style>"""
+.face img,.gone{width:6rem;height:6rem;display:block;margin:0;border-radius:4px}.gone{background:var(--wash);border:1px solid var(--line);font-size:.7rem;padding:.4rem;color:var(--soft)}.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}h1{overflow-wrap:anywhere}.box td{overflow-wrap:break-word}.box td:last-child:not(.num){min-width:14rem}.figs{display:flex;flex-wrap:wrap;gap:.6rem;align-items:flex-start}.figs figure{margin:.4rem 0;max-width:100%}</style>"""
+
+class _Share(float): "A number that is shown in per cent."
 
 def _number(v) -> str:
     if v is None or v != v: return "–"
+    if isinstance(v, _Share): return f"{v:.2%}"
     return f"{v:,.0f}" if float(v).is_integer() and abs(v) >= 2 else f"{v:.4g}"
 
 def _table(frame:pd.DataFrame, names:dict) -> str: # HTML
@@ -403,10 +440,10 @@ def _table(frame:pd.DataFrame, names:dict) -> str: # HTML
     body = "".join("<tr>" + "".join(cell(v) for v in row) + "</tr>" for row in frame[list(names)].itertuples(index=False, name=None))
     return f'<div class="box"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-def _figure(figures:dict, name:str) -> str:
-    if name not in figures: return ""
-    png, alt = figures[name]
-    return f'<figure><img alt="{html.escape(alt, quote=True)}" src="{data_uri(png, "png")}"></figure>'
+def _figure(figures:dict, *names) -> str:
+    "Some of the figures beside one another, as far as there is room."
+    there = [figures[n] for n in names if n in figures]
+    return '<div class="figs">' + "".join(f'<figure><img alt="{html.escape(alt, quote=True)}" src="{data_uri(png, "png")}"></figure>' for png, alt in there) + "</div>" if there else ""
 
 # %% ../../nbs/84a_inspection.ipynb #cce1e023
 WORDS = dict(wrong_folder="{image} lies with <b>{identity}</b> (cosine {cosine:.2f} to the others there) and {note}.", outlier="{image} fits <b>{identity}</b> with a cosine of {cosine:.2f} only, and nobody else.",
@@ -462,21 +499,24 @@ def page_of(found:"Inspection", pictures:int=12 # findings of each kind shown wi
     side = '<nav class="side"><b>Contents</b><ol>' + "".join(f'<li><a href="#{k}">{html.escape(v)}</a></li>' for k, v in links.items()) + "</ol></nav>"
     return page_html(f"Inspection of {html.unescape(name)}", "\n".join(body), side)
 
-# %% ../../nbs/84a_inspection.ipynb #efac8c41
+# %% ../../nbs/84a_inspection.ipynb #9b82b33e
 def _measure_table(found) -> str:
-    both = found.faults.mean is not None
-    return _table(found.measures, dict(measure="measure", value="value") | (dict(as_embedded="as embedded") if both else {}) | dict(n="n", meaning="meaning"))
+    both, m = found.faults.mean is not None, found.measures
+    percent = lambda column: pd.Series([_Share(v) if "_rate" in n else v for n, v in zip(m.measure, m[column])], dtype=object)
+    words = m.measure.str.replace(r"_(rate|score)", "", regex=True).str.replace("_", " ")
+    return _table(m.assign(measure=words, value=percent("value"), as_embedded=percent("as_embedded")), dict(measure="measure", value="value") | (dict(as_embedded="as embedded") if both else {}) | dict(n="n", meaning="meaning"))
 
 def _figures_html(found) -> str:
     "Figures with their captions, and the groups."
     r, source = found.rules, found.attributes.source
     text = '<h2 id="figures">Figures</h2><h3>Genuine and impostor pairs</h3>' + _figure(found.figures, "similarities") + '<p class="soft">The less the two hills overlap, the better the labels can be trusted (Vec2Face appendix, Fig. 4).</p>'
-    if "noise" in found.figures: text += "<h3>Noise within and between identities</h3>" + _figure(found.figures, "noise") + f'<p class="soft">Left of {r.outlier} a picture does not fit its identity; right of {r.same_person} two identities are one person (Fig. 5). Vertical scales are logarithmic.</p>'
-    if "attributes" in found.figures: text += "<h3>Pose and age</h3>" + _figure(found.figures, "attributes")
+    if "within" in found.figures: text += "<h3>Noise within and between identities</h3>" + _figure(found.figures, "within", "between") + f'<p class="soft">Left of {r.outlier} a picture does not fit its identity; right of {r.same_person} two identities are one person (Fig. 5). Vertical scales are logarithmic.</p>'
+    if {"yaw", "age"} & set(found.figures): text += "<h3>Pose and age</h3>" + _figure(found.figures, "yaw", "pitch", "age")
     said = "; ".join(f"{html.escape(k)}: {html.escape(v)}" for k, v in source.items())
     groups = found.groups.assign(attribute=[f"{a} (estimated)" if source[a].startswith("estimated") else a for a in found.groups.attribute]) if len(found.groups) else found.groups
     text += f'<p class="soft">{"Where it is known from: " + said + "." if said else "Nothing is known about pose, age or groups: the set has no such labels, and no attribute models were used."}</p><h2 id="groups">Groups</h2>'
-    return text + (_table(groups, dict(attribute="attribute", group="group", pictures="pictures", share="share", people="people", flawed_rate="share with a label fault")) if len(groups) else "<p>No group labels.</p>")
+    for c in ("share", "flawed_rate"): groups = groups.assign(**{c: pd.Series([_Share(v) for v in groups[c]], dtype=object)})
+    return text + (_table(groups, dict(attribute="attribute", group="group", pictures="pictures", share="share", people="people", flawed_rate="label faults")) if len(groups) else "<p>No group labels.</p>")
 
 def _kind_html(found, kind:str, pictures:int) -> str:
     "The section of one kind of finding."
@@ -494,8 +534,19 @@ def _origin(found) -> str:
     return (f'<h2 id="origin">How it was made</h2><p class="soft">hyperface {html.escape(p["versions"]["hyperface"])}, commit {html.escape(str(p["commit"]))}, {p["time"]}. Embedder {shown_name(found.subject.embedder)}, key {shown_name(found.subject.key or "unknown")}. '
             f'Thresholds: outlier {r.outlier}, same person {r.same_person}, duplicate {r.duplicate}{leak}. Pairs {"drawn" if found.faults.noise.similarities.sampled else "all counted"}; seed {found.seed}. A finding is a suspicion by a machine: look before you delete.</p>')
 
-# %% ../../nbs/84a_inspection.ipynb #753a68d6
+# %% ../../nbs/84a_inspection.ipynb #89266011
 LIMITS = dict(wrong_folder=.01, outlier=.01, split=.01, duplicate=.01, leak=.02, unreadable=0.)  # shares above which `--strict` fails
+
+def read_limits(words # "duplicate=0.02", as on a command line
+                ) -> dict: # kind -> share in [0, 1]
+    "Limits in words as a dictionary."
+    out = {}
+    for word in words:
+        kind, _, share = word.partition("=")
+        try: out[kind] = float(share)
+        except ValueError: out[kind] = -1.
+        if kind not in LIMITS or not 0 <= out[kind] <= 1: raise ConfigError("A limit is KIND=SHARE with a share from 0 to 1", word, f"Kinds: {', '.join(LIMITS)}")
+    return out
 
 @dataclass(repr=False)
 class Inspection:
@@ -542,7 +593,7 @@ class Inspection:
         if unknown: raise ConfigError("There is no such kind of finding to limit", sorted(unknown), f"There are: {', '.join(LIMITS)}")
         return {k: (v, limits[k]) for k, v in self.rates().items() if v > limits[k]}
     def __repr__(self): return f"{self.subject.records.name}: {len(self.subject):,} pictures; " + (", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in self.counts.items() if v) or "nothing found")
-    def _repr_html_(self): return f"<p>{shown_name(repr(self), 400)}</p>" + _table(self.measures, dict(measure="measure", value="value", n="n", meaning="meaning"))
+    def _repr_html_(self): return f"<p>{shown_name(repr(self), 400)}</p>" + _measure_table(self)
 
 # %% ../../nbs/84a_inspection.ipynb #ac529f0b
 def to_json(found:Inspection) -> dict:
