@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: reproduce test install status notebooks check lab clean help
+.PHONY: reproduce test install status notebooks check docs lab clean help
 
 reproduce: $(VENV)/.installed   ## run the paper: make reproduce PROFILE=smoke|quick|study|full
 	@$(BIN)/hyperface reproduce --profile $(PROFILE) -j $(JOBS)
@@ -25,6 +25,9 @@ notebooks: $(VENV)/.installed   ## execute every library notebook in place
 
 check: $(VENV)/.installed       ## are notebooks, package and README in step?
 	@$(BIN)/python tools/nb.py check
+
+docs: $(VENV)/.installed        ## the notebooks as a searchable site that needs no network: _docs/html/index.html
+	@$(BIN)/python tools/docs.py
 
 lab: $(VENV)/.installed         ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
@@ -44,7 +47,7 @@ $(VENV)/.installed: settings.ini constraints.txt setup.py pyproject.toml
 	@touch $@
 
 clean:                          ## remove what runs leave; keeps .venv and committed reports
-	rm -rf runs reports/smoke reports/quick build *.egg-info
+	rm -rf runs reports/smoke reports/quick _docs build *.egg-info
 
 help:
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
