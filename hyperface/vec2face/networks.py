@@ -126,7 +126,7 @@ class ImageDecoder(nn.Module):
         for up in reversed(self.up): x = up(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-# %% ../../nbs/60_vec2face.ipynb #7b4cffe8
+# %% ../../nbs/60_vec2face.ipynb #b5dbb0e4
 @dataclass(frozen=True)
 class FMAEConfig:
     "Sizes; the defaults are the published ones (174.13 million parameters)."
@@ -140,7 +140,7 @@ class FMAEConfig:
     dropout: float = .1      # while training
     latent: int = 256        # channels of the map that the image decoder takes
     channels: int = 128      # of the image decoder's last level
-    multipliers: tuple = (1, 1, 2, 2, 4) # channels of its levels, last first; each level but one doubles the size
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4) # channels of its levels, last first; each level but one doubles the size
     groups: int = 32         # of group normalisation
     @property
     def tokens(self) -> int: return self.grid**2
