@@ -112,7 +112,7 @@ class MappingNetwork(nn.Module):
         near = self.w_avg.lerp(x, truncation_psi)
         return near if truncation_cutoff is None else torch.cat([near[:, :truncation_cutoff], x[:, truncation_cutoff:]], 1)
 
-# %% ../../nbs/51_networks.ipynb #6df1b145
+# %% ../../nbs/51_networks.ipynb #8ba2716f
 class SynthesisLayer(nn.Module):
     "A modulated convolution with noise."
     def __init__(self, in_channels:int, out_channels:int, w_dim:int, resolution:int, kernel_size:int=3, up:int=1, use_noise:bool=True,
@@ -132,7 +132,9 @@ class SynthesisLayer(nn.Module):
         if mode not in ("random", "const", "none"): raise ConfigError("noise_mode must be random, const or none", mode)
         if not self.use_noise or mode == "none": return None
         if mode == "const": return self.noise_const*self.noise_strength
-        return torch.randn(len(x), 1, self.resolution, self.resolution, device=x.device, generator=generator)*self.noise_strength
+        shape = (1, self.resolution, self.resolution)
+        if isinstance(generator, (list, tuple)): return torch.stack([torch.randn(shape, device=x.device, generator=g) for g in generator])*self.noise_strength
+        return torch.randn(len(x), *shape, device=x.device, generator=generator)*self.noise_strength
     def forward(self, x, w, noise_mode="random", fused_modconv=None, gain=1, generator=None): # (N, in, h, h), (N, w_dim) -> (N, out, H, H)
         if x.shape[2:] != (self.resolution//self.up,)*2: raise DataError(f"features must be {self.resolution//self.up} pixels on a side", tuple(x.shape))
         fold = self.activation in FOLDS

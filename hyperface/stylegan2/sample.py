@@ -49,7 +49,7 @@ def load_generator(source,        # folder of a run or of a generator, .pkl of N
     saved = G.notes.get("schema")
     return G, None if saved is None else ConditionSchema.from_dict(saved)
 
-# %% ../../nbs/57_sample.ipynb #a00db17a
+# %% ../../nbs/57_sample.ipynb #33c0aeab
 def generate(model,              # as `load_generator` takes it, or what it gave
              n:int=16,           # pictures; ignored where conditions have rows
              seed:int=0,         # of the random vectors
@@ -73,11 +73,12 @@ def generate(model,              # as `load_generator` takes it, or what it gave
 def _draw(G, z, c, psi, noise_mode, batch, noise_seed) -> torch.Tensor: # (n, C, r, r), on the CPU
     "Pictures of random vectors and label vectors, a batch at a time."
     device, parts = next(G.parameters()).device, [torch.zeros(0, G.img_channels, G.img_resolution, G.img_resolution)]
-    noise = torch.Generator(device).manual_seed(noise_seed)
+    own = isinstance(noise_seed, (list, tuple))                                      # one for each picture
+    noise = [torch.Generator(device).manual_seed(s) for s in noise_seed] if own else torch.Generator(device).manual_seed(noise_seed)
     for start in progress(range(0, len(z), batch), "generating", unit="batch"):
         part = slice(start, start + batch)
         ws = G.mapping(z[part].to(device), None if c is None else c[part].to(device), truncation_psi=psi)
-        parts.append(G.synthesis(ws, noise_mode=noise_mode, generator=noise).float().clamp(-1, 1).cpu())
+        parts.append(G.synthesis(ws, noise_mode=noise_mode, generator=noise[part] if own else noise).float().clamp(-1, 1).cpu())
     return torch.cat(parts)
 
 def _labels(G, schema, n, labels, conditions):
@@ -95,7 +96,7 @@ def _labels(G, schema, n, labels, conditions):
     rows = any(np.ndim(v) > (1 if isinstance(schema[k], Identity) and not isinstance(v, list) else 0) or isinstance(v, list) for k, v in conditions.items())
     return schema.encode(conditions, **({} if rows else dict(n=n)))
 
-# %% ../../nbs/57_sample.ipynb #9c759fd4
+# %% ../../nbs/57_sample.ipynb #0b1e5134
 def balanced_conditions(schema:ConditionSchema, n:int, seed:int=0, ages=(18, 75)) -> pd.DataFrame:
     "Conditions for n pictures: categories in all combinations equally often, ages evenly in a range, other numbers evenly in theirs."
     g, table = torch_rng(seed, "balanced"), {}
@@ -120,21 +121,29 @@ def generate_records(model, conditions:pd.DataFrame|dict, # rows, or values with
     return Records.from_arrays(to_uint8(images), name, **dict(identity=[f"{name}-{seed}-{i:06d}" for i in range(len(table))]) | columns)
 
 class StyleGAN2Faces:
-    "A `FaceGenerator`: faces of given identity vectors, from a generator that was trained on them."
+    "A `FaceGenerator`: faces of given identity vectors, from a generator that was trained on them. Takes a list of generators, one for each picture."
+    rowwise = True
     def __init__(self, model, # as `load_generator` takes it, or what it gave
                  noise_mode:str="random", truncation_psi:float=1.0, batch:int=32):
         self.G, self.schema = model if isinstance(model, tuple) else load_generator(model)
         self.noise_mode, self.psi, self.batch = noise_mode, truncation_psi, batch
         own = [] if self.schema is None else [a for a in self.schema.attributes if isinstance(a, Identity)]
         if len(own) != 1: raise ConfigError("This generator is not conditioned on identity vectors", None if self.schema is None else self.schema.names, "Train one: labels=identity vectors with a schema that has an Identity")
-        self.identity, self.image_size = own[0], self.G.img_resolution
+        self.identity, self.image_size, self.dim = own[0], self.G.img_resolution, own[0].dim
+    @property
+    def attribute_names(self) -> list: return [n for n in self.schema.names if n != self.identity.name]
     def generate(self, embeddings, # (N, dim) unit vectors
                  *, n_per_identity:int=1, # pictures of each
                  attributes=None,  # dict or table of N rows: other conditions
-                 generator:torch.Generator|None=None, # of the random vectors
+                 generator=None,   # torch.Generator of the random vectors, or a list of one for each picture
                  ) -> torch.Tensor: # (N n_per_identity, 3, r, r) in [-1, 1], identity after identity
         "Pictures of identities."
         e = np.asarray(embeddings, np.float32)
         c = self.schema.encode(attributes, **{self.identity.name: e}).repeat_interleave(n_per_identity, 0)
+        seed = lambda g: int(torch.randint(2**62, [], generator=g))
+        if isinstance(generator, (list, tuple)):
+            if len(generator) != len(c): raise DataError(f"{len(c)} pictures need as many generators", len(generator))
+            z = torch.cat([torch.randn(1, self.G.z_dim, generator=g) for g in generator]) if len(c) else torch.zeros(0, self.G.z_dim)
+            return _draw(self.G, z, c, self.psi, self.noise_mode, self.batch, [seed(g) for g in generator])
         z = torch.randn(len(c), self.G.z_dim, generator=generator)
-        return _draw(self.G, z, c, self.psi, self.noise_mode, self.batch, int(torch.randint(2**62, [], generator=generator)))
+        return _draw(self.G, z, c, self.psi, self.noise_mode, self.batch, seed(generator))

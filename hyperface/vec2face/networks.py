@@ -19,7 +19,7 @@ from torch import nn
 from ..core import ConfigError, DataError
 from ..weights import load_strict, read_checkpoint, read_weights, write_weights
 
-# %% ../../nbs/60_vec2face.ipynb #4e5b895d
+# %% ../../nbs/60_vec2face.ipynb #f7494245
 @dataclass(frozen=True)
 class Masking:
     "How many tokens are hidden: shares of the 49."
@@ -35,15 +35,17 @@ TRAINING, GENERATION = Masking(.5, 1., .75, .25), Masking(.1, 1., .15, .25)
 def draw_masks(n:int,             # samples
                masking:Masking=GENERATION,
                tokens:int=49,
-               generator:torch.Generator|None=None,
+               generator=None,   # torch.Generator of all samples, or a list of n: then the masks of a sample depend on its own alone
                ) -> tuple:        # drop (n, tokens), all (n, tokens): bool; drop implies all
     "Random masks."
     from scipy.stats import truncnorm
-    u = float(torch.rand([], generator=generator, dtype=torch.float64))
-    m = masking
-    share = float(truncnorm.ppf(min(max(u, 1e-12), 1 - 1e-12), (m.low - m.mean)/m.std, (m.high - m.mean)/m.std, m.mean, m.std))
-    rank = torch.rand(n, tokens, generator=generator).argsort(1).argsort(1)          # a permutation of each row: no ties
-    return rank < math.ceil(tokens*m.low), rank < math.ceil(tokens*share)
+    m, own = masking, generator if isinstance(generator, (list, tuple)) else None
+    if own is not None and len(own) != n: raise DataError(f"{n} samples need as many generators", len(own))
+    u = torch.rand([], generator=generator, dtype=torch.float64) if own is None else torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in own] or [torch.zeros(0)])
+    share = torch.as_tensor(truncnorm.ppf(u.clamp(1e-12, 1 - 1e-12).numpy(), (m.low - m.mean)/m.std, (m.high - m.mean)/m.std, m.mean, m.std))
+    order = torch.rand(n, tokens, generator=generator) if own is None else torch.stack([torch.rand(tokens, generator=g) for g in own]) if n else torch.zeros(0, tokens)
+    rank = order.argsort(1).argsort(1)                                               # a permutation of each row: no ties
+    return rank < math.ceil(tokens*m.low), rank < torch.ceil(tokens*share)[..., None]
 
 # %% ../../nbs/60_vec2face.ipynb #e92837b4
 class Attention(nn.Module):

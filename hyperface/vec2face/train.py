@@ -314,7 +314,7 @@ def vec2face_summary(self) -> dict:
 
 Vec2FaceTrainer.fit, Vec2FaceTrainer.grid, Vec2FaceTrainer.save, Vec2FaceTrainer.summary, Vec2FaceTrainer.frame = fit_vec2face, vec2face_grid, save_vec2face, vec2face_summary, lambda self: pd.DataFrame(self.history)
 
-# %% ../../nbs/62_vec2face_train.ipynb #436471f8
+# %% ../../nbs/62_vec2face_train.ipynb #61917fbf
 def _assets() -> Path: return Path(__file__).resolve().parents[1]/"assets" if "__file__" in globals() else Path(torch_embedder.__code__.co_filename).resolve().parents[1]/"assets"
 
 def shipped_vec2face() -> list[str]:
@@ -348,7 +348,8 @@ def vec2face_embedder(source="rendered64", # one of `shipped_vec2face()`, or a f
     return TorchEmbedder(UnitNetwork(backbone, backbone.image_size), f"{Path(str(source)).name} recogniser", device)
 
 class Vec2FaceFaces:
-    "A `FaceGenerator`: faces of identity vectors."
+    "A `FaceGenerator`: faces of identity vectors. Takes a list of generators, one for each picture."
+    rowwise = True
     def __init__(self, model="rendered64", # as `load_vec2face` takes it, or what it gave
                  masking:Masking|None=GENERATION, # None: one picture for one vector
                  batch:int=32):            # pictures at a time
@@ -359,12 +360,14 @@ class Vec2FaceFaces:
     def generate(self, embeddings,        # (N, D) unit vectors
                  *, n_per_identity:int=1, # pictures of each
                  attributes=None,         # not taken: steer the vectors instead, see `attrop`
-                 generator:torch.Generator|None=None, # of the masks
+                 generator=None,          # torch.Generator of the masks, or a list of one for each picture
                  ) -> torch.Tensor:       # (N n_per_identity, 3, H, W) in [-1, 1] on the CPU, identity after identity
         "Pictures of identities."
         if attributes is not None and len(attributes): raise ConfigError("Vec2Face takes no attributes", list(attributes), "Move the vectors: hyperface.vec2face.attrop")
         e = torch.as_tensor(np.asarray(embeddings, np.float32))
         if e.ndim != 2 or e.shape[1] != self.dim: raise DataError(f"embeddings must be (N, {self.dim})", tuple(e.shape))
         device, parts = next(self.model.parameters()).device, [torch.zeros(0, 3, self.image_size, self.image_size)]
-        for x in (e*self.feature_norm).repeat_interleave(n_per_identity, 0).split(self.batch): parts.append(self.model(x.to(device), masking=self.masking, generator=generator)[0].float().clamp(-1, 1).cpu())
+        for k, x in enumerate((e*self.feature_norm).repeat_interleave(n_per_identity, 0).split(self.batch)):
+            own = generator[k*self.batch:k*self.batch + len(x)] if isinstance(generator, (list, tuple)) else generator
+            parts.append(self.model(x.to(device), masking=self.masking, generator=own)[0].float().clamp(-1, 1).cpu())
         return torch.cat(parts)
