@@ -8,7 +8,7 @@ __all__ = ['FINAL', 'START', 'CONTAINERS', 'rendered_person', 'RenderedFaces', '
            'Locks', 'run_shards', 'torn_shards', 'find_twins', 'redraw_twins', 'decide', 'carry_out',
            'write_containers', 'Generated', 'as_json', 'generate_dataset', 'check_dataset']
 
-# %% ../nbs/65_generate.ipynb #ded414f9
+# %% ../nbs/65_generate.ipynb #6774e7b8
 import contextlib, dataclasses, json, os, shutil, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from scipy.special import ndtr
 
-from .core import ConfigError, DataError, _plain, atomic_path, best_device, content_key, progress, provenance, read_json, rng, set_threads, thread_count, torch_rng, write_json
+from .core import ConfigError, DataError, MissingWeights, _plain, atomic_path, best_device, content_key, progress, provenance, read_json, rng, set_threads, thread_count, torch_rng, write_json
 from .data.images import encode_image, read_file
 from .data.records import Records, standard_table, write_table
 from .identities import IdentitySet, SamplingPlan, _check_fields, _refuse, identity_set, make_identities, plan_pictures, redraw_identities
@@ -77,7 +77,7 @@ class RenderedFaces:
         drawn = pd.concat([draw_conditions(0), *(draw_conditions(1, self.nuisance, s, gender=[g]) for s, g in zip(seeds, people.table["gender"]))], ignore_index=True)
         return torch.from_numpy(render(people, drawn.assign(**wanted), self.image_size)[0])
 
-# %% ../nbs/65_generate.ipynb #1164f1b3
+# %% ../nbs/65_generate.ipynb #4dca1d79
 def call_generator(generator,  # a FaceGenerator
                    vectors,    # (N, d) float32 unit
                    streams,    # N torch.Generators
@@ -122,6 +122,7 @@ def load_generator_by_name(name:str,     # rendered, stylegan2, vec2face or arc2
         from hyperface.vec2face.train import Vec2FaceFaces, load_vec2face
         return Vec2FaceFaces(load_vec2face(weights or "rendered64", device), **options)
     if name == "arc2face":
+        if weights is None: raise MissingWeights("Arc2Face's weights do not ship with this package", None, "Name the folder that holds its arc2face/ and encoder/")
         from hyperface.arc2face import load_arc2face
         return load_arc2face(weights, device=device, **options)
     raise ConfigError("There is no such generator", name, "One of rendered, stylegan2, vec2face, arc2face")
@@ -443,7 +444,7 @@ def _differs(mine:dict, theirs:dict, where:str="") -> str|None:
             if found := _differs(a, b, f"{k}."): return found
         elif a != b: return f"{where}{k} is {b!r} there and {a!r} here"
 
-# %% ../nbs/65_generate.ipynb #2c27aa17
+# %% ../nbs/65_generate.ipynb #9198d42e
 def _check_job(job:Job) -> None:
     "Refuse what cannot go well before anything is made."
     if (d := expected_dim(job.generator)) is not None and d != job.people.dim: raise ConfigError(f"The generator takes vectors of {d} dimensions", job.people.dim, "Give identities of that dimension")
@@ -456,17 +457,18 @@ def _check_job(job:Job) -> None:
 
 def _begin(job:Job, identity:dict) -> dict|None: # dataset.json, if the set is finished
     "Claim the folder, or find it claimed by this very data set."
-    mine = as_json(identity)
-    for place in (job.out/"dataset.json", job.work/"identity.json"):
-        if place.is_file():
-            saved = read_json(place); theirs = saved.get("identity", saved)
-            if why := _differs(mine, theirs): raise DataError(f"{job.out} holds another data set: {why}", None, "Choose another folder, or the same settings to go on")
-            if place.name == "dataset.json": return saved
-            return None
-    strangers = [p.name for p in job.out.iterdir() if p.name != ".generate"]
-    if strangers: raise DataError(f"{job.out} is not empty and was not made by this command", strangers[:3], "Choose another folder")
-    job.people.save(job.out/"identities.npz"); job.plan.save(job.out/"plan.yaml")
-    write_json(job.work/"identity.json", identity)
+    mine, claim = as_json(identity), job.work/"identity.json"
+    for place in (job.out/"dataset.json", claim):
+        if not place.is_file(): continue
+        saved = read_json(place)
+        if why := _differs(mine, saved.get("identity", saved)): raise DataError(f"{job.out} holds another data set: {why}", None, "Choose another folder, or the same settings to go on")
+        if place != claim: return saved
+    strangers = [p.name for p in job.out.iterdir() if not p.name.startswith(".")]
+    if strangers and not claim.is_file(): raise DataError(f"{job.out} is not empty and was not made by this command", strangers[:3], "Choose another folder")
+    write_json(claim, identity)                                # first: what follows is ours to make again
+    if not (job.work/"people.npz").is_file(): job.people.save(job.work/"people.npz")
+    if not (job.out/"identities.npz").is_file(): job.people.save(job.out/"identities.npz")
+    job.plan.save(job.out/"plan.yaml")
     return None
 
 def _finish(job:Job, identity:dict, gallery, locks:Locks) -> dict:
@@ -486,6 +488,7 @@ def _finish(job:Job, identity:dict, gallery, locks:Locks) -> dict:
     with atomic_path(job.out/"files.parquet") as t: files[["image", "bytes", "crc32"]].to_parquet(t, index=False)
     with atomic_path(job.out/"dropped.parquet") as t: dropped.to_parquet(t, index=False)
     with atomic_path(job.out/"records.parquet") as t: write_table(standard_table(files.drop(columns=["bytes", "crc32"])), job.out.name, t)
+    for stale in job.out.glob(".*.part"): stale.unlink(missing_ok=True) # of processes killed while they wrote
     if hasattr(os, "sync"): os.sync()                          # before the set says that it is finished
     counts = dict(identities=int(files["identity"].nunique()), pictures=len(files), asked=len(job.people)*job.plan.per_identity, redrawn=int((files["attempt"] > 0).sum()) if len(files) else 0, dropped=len(dropped),
                   **{k: note[k] for k in ("merged", "redrawn_identities", "dropped_identities")})
@@ -493,7 +496,7 @@ def _finish(job:Job, identity:dict, gallery, locks:Locks) -> dict:
     write_json(job.out/"dataset.json", about)
     return about
 
-# %% ../nbs/65_generate.ipynb #cf31455a
+# %% ../nbs/65_generate.ipynb #e26ba403
 def _part(job:Job, names, threads:int) -> int:
     "The shards of one worker process."
     set_threads(threads)
@@ -559,9 +562,7 @@ def _people(plan, people, gallery, out) -> IdentitySet:
     wanted = as_json(asdict(plan))
     for note, vectors in ((out/"dataset.json", out/"identities.npz"), (out/".generate"/"identity.json", out/".generate"/"people.npz")):
         if gallery is None and note.is_file() and vectors.is_file() and (saved := read_json(note)).get("identity", saved).get("plan") == wanted: return IdentitySet.load(vectors)
-    found = make_identities(plan, gallery)
-    found.save(out/".generate"/"people.npz")
-    return found
+    return make_identities(plan, gallery)
 
 def _work(job:Job, rank, world, processes, locks) -> int:
     "The shards of this rank, also those that somebody else held for a while."
