@@ -215,11 +215,13 @@ def _checked(load, where, info:bool=True):
         raise DataError(f"{where}: {kind.replace('_', ' ')}", list(names)[:3], "It is not the file that config.json describes")
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/66_arc2face.ipynb #06bd02a7
+# %% ../nbs/66_arc2face.ipynb #ca2ff9ba
 def _encoder(transformers, folder:Path):
     "The text encoder, strictly, from tensors only."
     from safetensors.torch import load_file
-    told = {k: v for k, v in read_json(folder/"config.json").items() if k not in ("architectures", "dtype", "torch_dtype", "transformers_version")}
+    told = read_json(folder/"config.json")
+    if not isinstance(told, dict): raise DataError(f"{folder/'config.json'} does not describe a text encoder", str(told)[:80])
+    told = {k: v for k, v in told.items() if k not in ("architectures", "dtype", "torch_dtype", "transformers_version")}
     encoder = _checked(lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**told)), folder/"config.json", info=False)
     file = folder/"model.safetensors"
     if file.is_file(): state = _checked(lambda: load_file(file), file, info=False)

@@ -207,7 +207,7 @@ def _sample(file:OpenFile, key:str, members:dict) -> tuple[int, int, dict]: # of
     if not isinstance(name, str) or _leads_out(name): raise DataError(f"{where}: the name of the picture leads out of the folder", name)
     return offset, size, {**labels, "image": name}
 
-# %% ../../nbs/12b_webdataset.ipynb #f8a8ef73
+# %% ../../nbs/12b_webdataset.ipynb #b9f84af1
 def _read_shard(path:Path, on_error:str, skipped:Skipped) -> list[tuple]: # (offset, length, labels) of each sample
     "The samples of one shard."
     file, out, seen, key, members = OpenFile(path), [], set(), None, {}
@@ -255,6 +255,7 @@ def read_webdataset(path,                 # folder of shards, or one .tar
             tolerate(on_error, skipped, file, DataError(f"{file} has {len(found)} samples and index.json says {counts[k]}", None, "The shard is damaged, or the index belongs to other shards"))
         places += [(k, offset, size) for offset, size, _ in found]
         labels += [row for _, _, row in found]
-    try: table = standard_table({"image": [], **label_columns(labels, str(path), on_error, skipped)})
+    columns = label_columns(labels, str(path), on_error, skipped)
+    try: table = standard_table({"image": [], **columns})
     except DataError as e: raise DataError(f"{path}: {e}") from e
     return Records(table, TarSource(path, files, places), name=name, skipped=skipped)
