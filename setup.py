@@ -26,6 +26,6 @@ setup(
     packages=find_packages(include=["hyperface", "hyperface.*"]),
     package_data={"hyperface": ["profiles/*.yaml", "assets/*", "assets/*/*", "assets/*/*/*"]},
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "arc2face", "webdataset")},
     entry_points={"console_scripts": lines("console_scripts")},
 )

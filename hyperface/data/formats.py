@@ -7,7 +7,7 @@ __all__ = ['MAX_DEPTH', 'BUPT_GROUPS', 'UTK_RACES', 'EXPRESSIONS', 'READERS', 'w
            'read_folder', 'read_bupt', 'read_lfw', 'read_utkface', 'read_agedb', 'read_digiface', 'read_expressions',
            'read_labelled_folder', 'detect_format', 'read_dataset']
 
-# %% ../../nbs/12_formats.ipynb #c0282046
+# %% ../../nbs/12_formats.ipynb #2f8e985c
 import os, re
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ..core import ConfigError, DataError, progress
 from .containers import IMAGE_SUFFIXES, _label_columns, _labels_of, read_bin, read_lmdb, read_rec, read_zip
 from .images import read_file
 from .records import FileSource, Records, Skipped, standard_table, text_column, tolerate
+from .webdataset import read_webdataset
 
 # %% ../../nbs/12_formats.ipynb #fc2f0dfb
 MAX_DEPTH = 6
@@ -235,7 +236,7 @@ def read_labelled_folder(root,                 # folder with dataset.json
     kept = [n for n, k in zip(listed, known) if k]
     return _folder_records(root, names.filter(known), _label_columns([labels[n] for n in kept], str(where)), skipped)
 
-# %% ../../nbs/12_formats.ipynb #6ae60aa4
+# %% ../../nbs/12_formats.ipynb #ecc5de50
 READERS = {
     "native":      (Records.load,         "folder with records.parquet, written by Records.save"),
     "folder":      (read_folder,          "one folder per identity: CASIA-WebFace, VGGFace2, Glint as images"),
@@ -250,9 +251,10 @@ READERS = {
     "bin":         (read_bin,             "insightface verification set"),
     "rec":         (read_rec,             "insightface RecordIO: .rec, .idx, .lst"),
     "lmdb":        (read_lmdb,            "HSFace, Vec2Face"),
+    "webdataset":  (read_webdataset,      "folder of .tar shards, or one: picture and .json or .cls"),
 }
 
-# %% ../../nbs/12_formats.ipynb #bf551a4d
+# %% ../../nbs/12_formats.ipynb #3e922f8c
 def _first_names(root, n=200) -> list[str]:
     "Some relative names below a folder: enough to recognise a habit, at most three levels and a few folders."
     out, todo = [], [("", 0)]
@@ -269,12 +271,13 @@ def detect_format(path # file or folder
     path = Path(path)
     if not path.exists(): raise DataError(f"{path} does not exist", None, "Check the path; `hyperface fetch` lists what can be fetched")
     if path.is_file():
-        kind = {".bin": "bin", ".rec": "rec", ".idx": "rec", ".lst": "rec", ".zip": "zip", ".mdb": "lmdb", ".lmdb": "lmdb", ".parquet": "native"}.get(path.suffix.lower())
+        kind = {".bin": "bin", ".rec": "rec", ".idx": "rec", ".lst": "rec", ".zip": "zip", ".mdb": "lmdb", ".lmdb": "lmdb", ".parquet": "native", ".tar": "webdataset"}.get(path.suffix.lower())
         if kind is None: raise DataError(f"{path} is no data set by its suffix", path.suffix, f"Name the format: {', '.join(READERS)}")
         return kind
     for file, kind in (("records.parquet", "native"), ("data.mdb", "lmdb"), ("dataset.json", "stylegan"), ("*.rec", "rec")):
         if any(path.glob(file)): return kind
     names = _first_names(path)
+    if not names and any(path.glob("*.tar")): return "webdataset"
     share = lambda pattern: np.mean([bool(re.search(pattern, n)) for n in names]) if names else 0
     habits = dict(utkface=r"(^|/)\d{1,3}_[01]_[0-4]_\d{8,}\.", agedb=r"(^|/)\d+_[^/]+_\d{1,3}_[mf]\.\w+$",
                   lfw=r"(^|/)([^/]+)/\2_\d{4}\.\w+$", digiface=r"(^|/)subjects_\d+-\d+_\d+_imgs/\d+/\d+\.",
