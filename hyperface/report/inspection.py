@@ -29,7 +29,7 @@ from ..metrics.quality import (NEAR_DUPLICATE, OUTLIER, SAME_PERSON, NoiseReport
 from .page import page_html
 from ..sphere.geometry import class_index, unit
 
-# %% ../../nbs/84a_inspection.ipynb #5ee317a0
+# %% ../../nbs/84a_inspection.ipynb #bfa7a39e
 @dataclass
 class Subject:
     "A set as it is inspected: the pictures that have a vector, and the others by name."
@@ -43,9 +43,10 @@ class Subject:
     def labels(self) -> np.ndarray: # (M,) strings, None where not known
         "Who is on each picture, as text."
         return np.array([None if v is None else str(v) for v in self.records.identities], dtype=object)
-    def name(self, row:int) -> str: # of the picture
-        "What the picture is called."
-        return str(self.records.table["image"].iloc[int(row)])
+    def names(self, rows) -> np.ndarray: # strings, None for rows below 0
+        "What pictures are called."
+        rows = np.atleast_1d(np.asarray(rows, dtype=np.int64))
+        return np.where(rows >= 0, self.records.table["image"].iloc[rows].astype(object).to_numpy(), None)
 
 def open_subject(data,             # Records, or a file or folder that `read_dataset` reads
                  embedder="linear",# what `load_embedder` takes
@@ -115,7 +116,7 @@ def common_direction(vectors,     # (N, D) unit
     apart = np.linalg.norm(vectors - mean, axis=1).min() > 1e-3                # a set that is one picture many times stays as it is
     return mean if apart else None
 
-# %% ../../nbs/84a_inspection.ipynb #4ef74f47
+# %% ../../nbs/84a_inspection.ipynb #a4490210
 KINDS = dict(wrong_folder="Wrong folder", outlier="Fits nowhere", split="One person, two names", duplicate="Same picture twice", leak="Leaked from the training set",
              unlabelled="Without a label", unreadable="Unreadable")
 COLUMNS = ["kind", "image", "identity", "other_image", "other_identity", "cosine", "note", "row", "other_row"]
@@ -134,7 +135,7 @@ def _rows(kind:str, subject, row, other_row=None, cosine=np.nan, note="", there=
     "Findings of one kind as a table; `there` is the set that other_row belongs to, the same one by default."
     row, there = np.asarray(row, dtype=np.int64), there or subject
     at = np.full(len(row), -1) if other_row is None else np.asarray(other_row, dtype=np.int64)
-    frame = pd.DataFrame(dict(kind=kind, image=[subject.name(i) for i in row], identity=subject.labels[row], other_image=[there.name(j) if j >= 0 else None for j in at],
+    frame = pd.DataFrame(dict(kind=kind, image=subject.names(row), identity=subject.labels[row], other_image=there.names(at),
         other_identity=np.where(at >= 0, there.labels[at], None) if len(row) else [], cosine=np.broadcast_to(np.asarray(cosine, dtype=float), len(row)), note=note, row=row, other_row=at))
     return frame[COLUMNS]
 
@@ -338,7 +339,7 @@ def style_diversity(subject:Subject,
     counts = pd.Series(labels[at]).value_counts()
     return diversity(own/spread, labels[at], other/spread), int((counts > 3).sum())
 
-# %% ../../nbs/84a_inspection.ipynb #fd3578a8
+# %% ../../nbs/84a_inspection.ipynb #93335ae1
 def shown_name(x, # from a data set, or None
                limit:int=70, # characters
                ) -> str: # safe in HTML text and attributes
@@ -356,7 +357,7 @@ def face_html(subject:Subject, row:int, # of the picture; -1: there is none
               ) -> str:
     "One picture with its caption; a grey field where it may not be shown or cannot be read."
     if row < 0: return ""
-    name, why = shown_name(subject.name(row)), "photograph, not shown on a published page" if subject.records.hidden else None
+    name, why = shown_name(subject.names(row)[0]), "photograph, not shown on a published page" if subject.records.hidden else None
     if why is None:
         try: uri = data_uri(encode_image(fit_image(subject.records.pixels(int(row)), size), "jpg", 80), "jpeg")
         except DataError: why = "cannot be read"
@@ -422,9 +423,9 @@ def measures_of(subject:Subject, faults:Faults, spread:tuple[float, int]=(np.nan
     frame = pd.concat([frame[order], pd.DataFrame(rows, columns=order)], ignore_index=True)
     return frame[frame.value.notna()].reset_index(drop=True)
 
-# %% ../../nbs/84a_inspection.ipynb #859568d1
+# %% ../../nbs/84a_inspection.ipynb #280614b7
 STYLE = """<style>.pair{display:flex;flex-wrap:wrap;gap:.8rem;border-bottom:1px solid var(--line);padding:.7rem 0;align-items:flex-start}.pair p{flex:1 1 12rem;margin:0}.face{margin:0;width:7.2rem;font-size:.82rem;line-height:1.35;overflow-wrap:anywhere}
-.face img,.gone{width:6rem;height:6rem;display:block;margin:0;border-radius:4px}.gone{background:var(--wash);border:1px solid var(--line);font-size:.7rem;padding:.4rem;color:var(--soft)}.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}h1{overflow-wrap:anywhere}.box td{overflow-wrap:break-word}.box td:last-child:not(.num){min-width:14rem}.figs{display:flex;flex-wrap:wrap;gap:.6rem;align-items:flex-start}.figs figure{margin:.4rem 0;max-width:100%}</style>"""
+.face img,.gone{width:6rem;height:6rem;display:block;margin:0;border-radius:4px}.gone{background:var(--wash);border:1px solid var(--line);font-size:.75rem;line-height:1.25;padding:.3rem;color:var(--soft)}.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}h1{overflow-wrap:anywhere}.box td{overflow-wrap:break-word}.box td:last-child:not(.num){min-width:14rem}.figs{display:flex;flex-wrap:wrap;gap:.6rem;align-items:flex-start}.figs figure{margin:.4rem 0;max-width:100%}</style>"""
 
 class _Share(float): "A number that is shown in per cent."
 
@@ -473,7 +474,7 @@ def nearest_training(subject, train, leaks, n:int) -> str: # HTML
     mark = lambda i: "counts as leaked" if leaks.cosine[i] >= leaks.threshold else "not more than chance explains"
     return "".join(f'<div class="pair">{part(i)}<p>Cosine {leaks.cosine[i]:.3f}: {mark(i)}.</p></div>' for i in rows)
 
-# %% ../../nbs/84a_inspection.ipynb #09c77326
+# %% ../../nbs/84a_inspection.ipynb #313ed55a
 def _warnings(subject, faults, rules) -> list[str]: # HTML
     "What a reader must know before the numbers."
     s, out = separability(faults.noise.similarities), []
@@ -484,12 +485,14 @@ def _warnings(subject, faults, rules) -> list[str]: # HTML
     if subject.records.hidden: out.append("Made for publication: photographs are left out.")
     return out
 
+def _link(kind, title) -> str: return f'<a href="#{kind}">{html.escape(title.lower())}</a>'
+
 def page_of(found:"Inspection", pictures:int=12 # findings of each kind shown with pictures
             ) -> str:
     "The whole page."
     name, counts, f = shown_name(found.subject.records.name), found.counts, found.faults
     cards = "".join(f'<div class="card"><b>{v:,}</b>{html.escape(k)}</div>' for k, v in dict(pictures=len(found.subject), identities=int(f.noise["identities"]) if f.noise["identities"] == f.noise["identities"] else 0).items())
-    cards += "".join(f'<div class="card"><b>{counts[k]:,}</b><a href="#{k}">{html.escape(title.lower())}</a></div>' for k, title in KINDS.items() if counts[k] or k in ("wrong_folder", "split", "duplicate"))
+    cards += "".join(f'<div class="card"><b>{counts[k]:,}</b>{_link(k, title) if counts[k] else html.escape(title.lower())}</div>' for k, title in KINDS.items() if counts[k] or k in ("wrong_folder", "split", "duplicate"))
     why = "".join(f'<p class="why not-comparable"><span>{w}</span></p>' for w in _warnings(found.subject, f, found.rules))
     body = [STYLE, f'<h1>Inspection of {name}</h1><div class="cards">{cards}</div>{why}', '<h2 id="measures">Measures</h2>' + _measure_table(found), _figures_html(found)]
     body += [_kind_html(found, kind, pictures) for kind in KINDS if counts[kind]]
