@@ -23,6 +23,7 @@ nb_execution_mode = "off"                   # pages show the outputs they are co
 nb_render_markdown_format = "myst"          # tables and equations in what cells show
 myst_enable_extensions = ["amsmath", "dollarmath", "strikethrough"]
 myst_dmath_allow_space = myst_dmath_allow_digits = False
+myst_dmath_double_inline = True             # $$...$$ within a paragraph, too
 myst_heading_anchors = 3
 myst_update_mathjax = False
 suppress_warnings = ["myst.header", "myst.strikethrough"]
@@ -46,7 +47,7 @@ def inline_math(self, node):
 def display_math(self, node):
     anchor = "".join(f'<span id="{name}"></span>' for name in node["ids"])
     number = f'<span class="eqno">({node["number"]})</span>' if node.get("number") else ""
-    self.body.append(f'<div class="math">{anchor}{number}{_mathml(node.astext(), node, True)}</div>')
+    self.body.append(f'<div class="equation" style="overflow-x:auto;overflow-y:hidden;padding:.4em 0">{anchor}{number}{_mathml(node.astext(), node, True)}</div>')
     raise nodes.SkipNode
 
 
