@@ -6,8 +6,8 @@
 __all__ = ['WORK', 'PROBES', 'Work', 'operations', 'measure', 'growth', 'last_times', 'data_needs', 'training_bytes', 'space',
            'Plan', 'plan', 'text']
 
-# %% ../../nbs/86_plan.ipynb #57cad650
-import functools, math, re, shutil, time
+# %% ../../nbs/86_plan.ipynb #04b12910
+import contextlib, functools, math, os, re, shutil, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -86,20 +86,29 @@ def operations(kind:str, size:int, model:str) -> float: # for one unit of work; 
     cost = 2e6*float(model_costs([c.backbone if c else model], image_size=size, embedding_dim=c.embedding_dim if c else 512).multiplications.iloc[0])
     return 3*cost if c else cost
 
-# %% ../../nbs/86_plan.ipynb #2d1cc3a1
+# %% ../../nbs/86_plan.ipynb #a0284c74
 def measure(unit:tuple,       # kind, size, model of a `Work`
             seconds:float=2., # about how long to look, after a first round that warms up
             ) -> float:       # seconds a unit of work, as a run on this machine takes
     "Time a little of the real work."
     kind, size, model = unit
     if kind not in PROBES: raise ConfigError("There is no probe for this work", kind, f"Probes: {', '.join(PROBES)}")
-    work, amount, share = PROBES[kind](size, model)
-    work(); n, spent, began = 0, 0., time.perf_counter()
-    while time.perf_counter() - began < seconds or not n:
-        started = time.perf_counter(); told = work()
-        spent += told if isinstance(told, float) else time.perf_counter() - started       # a probe that has to prepare tells what the work itself took
-        n += 1
+    with _quiet():
+        work, amount, share = PROBES[kind](size, model)
+        work(); n, spent, began = 0, 0., time.perf_counter()
+        while time.perf_counter() - began < seconds or not n:
+            started = time.perf_counter(); told = work()
+            spent += told if isinstance(told, float) else time.perf_counter() - started       # a probe that has to prepare tells what the work itself took
+            n += 1
     return spent/(n*amount)*share
+
+@contextlib.contextmanager
+def _quiet():
+    "No progress bars: a probe is not the work."
+    old = os.environ.get("HYPERFACE_PROGRESS")
+    os.environ["HYPERFACE_PROGRESS"] = "0"
+    try: yield
+    finally: os.environ.pop("HYPERFACE_PROGRESS") if old is None else os.environ.__setitem__("HYPERFACE_PROGRESS", old)
 
 def _probe_render(size, model):
     from hyperface.data.rendered import render_faces
@@ -125,7 +134,8 @@ def _probe_gan(size, model):
 
 def _probe_pack(size, model):
     from hyperface.sphere.packing import pack
-    return (lambda: pack(2000, 512, method="hinge", max_steps=8, device="cpu").seconds), 8, (size/2000)**2
+    start = np.random.default_rng(0).standard_normal((2000, 512)).astype(np.float32)      # free points, as the pages pack them
+    return (lambda: pack(2000, 512, method="hinge", init=start, max_steps=8, device="cpu").seconds), 8, (size/2000)**2
 
 def _probe_embed(size, model):
     "The network that the pages load, or, where it is not there, one of its shape."
@@ -209,7 +219,7 @@ def space(p:Profile, steps:dict) -> dict[str, float]: # bytes: disk, memory
     mapped = max((3.*p.train_identities*p.train_per_identity*w.size**2 for w in works if w.kind == "recogniser"), default=0.)
     return dict(disk=rendered + (mapped if mapped > 4e9 else 0.), memory=max(trained, packed))
 
-# %% ../../nbs/86_plan.ipynb #a60142b0
+# %% ../../nbs/86_plan.ipynb #5ccda248
 @dataclass
 class Plan:
     "What a profile needs, each number with its kind."
@@ -234,7 +244,7 @@ class Plan:
 def _machine() -> dict:
     import psutil
     device = best_device()
-    return dict(processors=cpu_count(), threads=thread_count(), memory=float(psutil.virtual_memory().available), disk=float(shutil.disk_usage(runs_dir()).free), libraries=float(psutil.Process().memory_info().rss), gpu=_gpu_name(device))
+    return dict(processors=cpu_count(), threads=thread_count(), memory=float(psutil.virtual_memory().available), disk=float(shutil.disk_usage(runs_dir()).free), libraries=float(psutil.Process().memory_info().rss), load=float(psutil.getloadavg()[0]), gpu=_gpu_name(device))
 
 def _gpu_name(device) -> str:
     import torch
@@ -285,7 +295,7 @@ def _gpu_hours(works, code:str, tflops:float) -> float:
     amounts = [w.amount*operations(*w.unit) for w in works if w.kind in ("recogniser", "gan", "embed")]
     return sum(amounts)/(tflops*1e12)/3600 if amounts else math.nan
 
-# %% ../../nbs/86_plan.ipynb #258117c4
+# %% ../../nbs/86_plan.ipynb #76dee8b8
 def _span(low:float, high:float) -> str:
     "Hours as people say them."
     say = lambda h: f"{h*60:.1f} min" if h < 1 else f"{h:,.1f} h" if h < 48 else f"{h/24:,.1f} days"
@@ -303,8 +313,9 @@ def text(self, width:int=150 # characters a line
         lines.append(f"  {r.step:26} {_span(r.cpu_low, r.cpu_high):>20}  {_span(r.gpu, r.gpu):>9}  {r.basis}")
         if r.work: lines.append(" "*6 + cut(("" if r.counted else "not counted; its page reads: ") + r.work, width - 6))
     low, high = self.total(); without = int(self.steps["cpu_low"].isna().sum())
-    lines += ["", f"Sum of the steps that have a figure: CPU {_span(low, high) if low else '–'}; GPU {_span(s := float(self.steps['gpu'].sum()), s) if self.steps['gpu'].notna().any() else '–'} (arithmetic). {without} of {len(self.steps)} steps have none. Work that two steps share is counted twice."]
+    lines += ["", f"Sum of the steps that have a figure: CPU {_span(low, high) if low else '–'}; GPU {_span(s := float(self.steps['gpu'].sum()), s) if self.steps['gpu'].notna().any() else '–'} (arithmetic). {without} of {len(self.steps)} steps have none. Work that two steps share is counted twice, and what an earlier run read from its cache is not in its step times."]
     if self.rates: lines += ["", "Rates measured now", *(f"  {k} {s:,} {'points' if k == 'pack' else 'px'} {mod}: {1/v:,.2f} a second" for (k, s, mod), v in self.rates.items())]
+    if self.rates and m["load"] > 1.5*m["processors"]: lines.append(f"  The machine was busy (load {m['load']:.1f} on {m['processors']} processors): alone it is faster than these rates.")
     if low != low or not low: lines.append("No rate is known: --measure probes this machine, or an earlier run's report is read (--last).")
     return "\n".join([*lines, *(["", "Missing"] + [f"  {s}" for s in self.missing()] if self.missing() else [])])
 
