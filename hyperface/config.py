@@ -57,7 +57,7 @@ def from_yaml(kind, path:str|Path):
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path} is not plain YAML: {e}") from e
     return from_dict(kind, values or {}, "")
 
-# %% ../nbs/01_config.ipynb #03ad1974
+# %% ../nbs/01_config.ipynb #5e3b5ae4
 @dataclass(frozen=True)
 class Profile:
     "How much of everything a run does."
@@ -99,7 +99,7 @@ PROFILES = {p.name: p for p in (
             train_recipe="cpu_smoke", train_identities=24, train_per_identity=8, test_identities=16, test_per_identity=8, test_pairs=300, stability_steps=4,
             gan_kimg=.32, gan_images=(40, 80), gan_continue=.032, gan_eval=60, gan_scratch=.16, judge_identities=40, judge_epochs=1),
     Profile("quick"),
-    Profile("real", photo_epochs=1.5),
+    Profile("real", photo_epochs=.8),
     Profile("study", seeds=3, rendered_identities=1_000, rendered_per_identity=20, linear_identities=1_000, packing_steps=140, published_steps=60, gallery=5_000,
             attribute_images=2_900, bootstrap=2_000, train_recipe="cpu_study", train_identities=500, test_identities=100, test_pairs=10_000, stability_steps=150,
             gan_kimg=24., gan_continue=4., gan_eval=5_000, judge_identities=3_000, judge_epochs=12),
