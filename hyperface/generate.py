@@ -508,7 +508,7 @@ def _finish(job:Job, identity:dict, gallery, locks:Locks) -> dict:
     write_json(job.out/"dataset.json", about)
     return about
 
-# %% ../nbs/65_generate.ipynb #e26ba403
+# %% ../nbs/65_generate.ipynb #aa7a9862
 def _part(job:Job, names, threads:int) -> int:
     "The shards of one worker process."
     set_threads(threads)
@@ -528,6 +528,7 @@ def _spread(job:Job, names, processes:int, bar) -> int:
         raise DataError("A worker process was killed, perhaps for want of memory", str(e)[:120], "The same call goes on from what is done; take fewer processes") from e
     finally: stop.set(); watcher.join()
 
+# %% ../nbs/65_generate.ipynb #1731f376
 def generate_dataset(generator,              # a FaceGenerator
                      plan:SamplingPlan,
                      out,                    # the folder; made if absent, continued if it was begun
@@ -568,6 +569,7 @@ def generate_dataset(generator,              # a FaceGenerator
         if formats: write_containers(out, formats)
     return Generated(out, about is not None, about or {}, made, time.monotonic() - start)
 
+# %% ../nbs/65_generate.ipynb #29cdbab5
 def _people(plan, people, gallery, out) -> IdentitySet:
     "The identities given, those that lie in the folder, or those of the plan."
     if people is not None: return people if isinstance(people, IdentitySet) else identity_set(people, plan)
