@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FINAL', 'START', 'CONTAINERS', 'rendered_person', 'RenderedFaces', 'call_generator', 'expected_dim', 'weights_key',
            'load_generator_by_name', 'Recipe', 'Job', 'make_pictures', 'judged_pictures', 'write_shard', 'place_shard',
-           'Locks', 'run_shards', 'torn_shards', 'find_twins', 'redraw_twins', 'decide', 'carry_out',
+           'Locks', 'run_shards', 'rounds_of', 'torn_shards', 'find_twins', 'redraw_twins', 'decide', 'carry_out',
            'write_containers', 'Generated', 'as_json', 'generate_dataset', 'check_dataset']
 
 # %% ../nbs/65_generate.ipynb #6774e7b8
@@ -213,7 +213,7 @@ def judged_pictures(job:Job, who, number) -> tuple: # images, table, embeddings 
     keep = np.ones(len(who), bool); keep[bad] = False
     return images, table, e, keep
 
-# %% ../nbs/65_generate.ipynb #ba18c5ee
+# %% ../nbs/65_generate.ipynb #f67fbca7
 def write_shard(job:Job, name:str, images, table, e, keep, pool) -> Path:
     "Encode, write, commit and place a shard."
     part = job.work/f"{name}.{os.getpid()}.part"
@@ -222,12 +222,16 @@ def write_shard(job:Job, name:str, images, table, e, keep, pool) -> Path:
         kept = table[keep].reset_index(drop=True)
         kept.insert(0, "image", [f"{j:06d}/{i:04d}.{job.recipe.format}" for j, i in zip(kept["identity"], kept["draw"])])
         for folder in sorted({n.split("/")[0] for n in kept["image"]}): (part/folder).mkdir()
-        def store(k, row):
-            content = encode_image(images[row], job.recipe.format, job.recipe.quality)
-            (part/kept["image"].iloc[k]).write_bytes(content)
-            return len(content), zlib.crc32(content)
-        files = list(pool.map(store, range(len(kept)), np.flatnonzero(keep)))
-        kept["bytes"], kept["crc32"] = np.array([f[0] for f in files], np.int64), np.array([f[1] for f in files], np.int64)
+        names, rows, place = kept["image"].tolist(), np.flatnonzero(keep).tolist(), str(part)
+        def store(start):                                      # sixteen pictures: a thread's errand must be worth the way
+            found = []
+            for name_, row in zip(names[start:start + 16], rows[start:start + 16]):
+                content = encode_image(images[row], job.recipe.format, job.recipe.quality)
+                with open(f"{place}/{name_}", "wb") as f: f.write(content)
+                found.append((len(content), zlib.crc32(content)))
+            return found
+        files = np.array([x for found in pool.map(store, range(0, len(names), 16)) for x in found], np.int64).reshape(-1, 2)
+        kept["bytes"], kept["crc32"] = files[:, 0], files[:, 1]
         kept.to_parquet(part/"pictures.parquet", index=False)
         if not keep.all(): table[~keep].assign(reason=f"outlier: cosine below {job.recipe.outlier:g} after {job.recipe.redraws} more tries").to_parquet(part/"dropped.parquet", index=False)
         if e is not None and keep.any():
@@ -299,19 +303,25 @@ def run_shards(job:Job, names, bar=None, locks:Locks|None=None) -> int: # pictur
     if own: locks.close()
     return made
 
-# %% ../nbs/65_generate.ipynb #0731b519
+# %% ../nbs/65_generate.ipynb #70601a80
 def _read_shards(job:Job, kind:str) -> pd.DataFrame:
     "The lists of all shards under one another, with the round of twins each row belongs to."
     parts = [pd.read_parquet(p).assign(again=int(p.parent.name[1:].split("-")[0]) if p.parent.name.startswith("r") else 0) for p in sorted(job.done.glob(f"*/{kind}.parquet"))]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(dict(identity=np.zeros(0, np.int64), again=np.zeros(0, np.int64)))
 
+def rounds_of(job:Job) -> dict: # identity -> the last round that it was drawn again in
+    "Whose pictures of earlier rounds are not in their places any more."
+    notes = {int(p.stem.split("-")[1]): read_json(p) for p in job.work.glob("round-*.json")}
+    return {j: again for again in sorted(notes) for j in notes[again]}
+
 def torn_shards(job:Job) -> list: # names
     "Shards whose list cannot be read, or whose files are not there in full."
-    bad = []
+    bad, later = [], [j for j, again in rounds_of(job).items() if again > job.again]
     for name in job.names:
         try:
-            table = pd.read_parquet(job.done/name/"pictures.parquet", columns=["image", "bytes"])
-            if any(os.stat(job.out/n).st_size != b for n, b in zip(table["image"], table["bytes"])): bad.append(name)
+            table = pd.read_parquet(job.done/name/"pictures.parquet", columns=["image", "identity", "bytes"])
+            table = table[~table["identity"].isin(later)]
+            if any(os.stat(f"{job.out}/{n}").st_size != b for n, b in zip(table["image"], table["bytes"])): bad.append(name)
         except Exception: bad.append(name)                     # not there, cut off, not Parquet
     return bad
 
@@ -444,7 +454,7 @@ def _differs(mine:dict, theirs:dict, where:str="") -> str|None:
             if found := _differs(a, b, f"{k}."): return found
         elif a != b: return f"{where}{k} is {b!r} there and {a!r} here"
 
-# %% ../nbs/65_generate.ipynb #9198d42e
+# %% ../nbs/65_generate.ipynb #932fdbd4
 def _check_job(job:Job) -> None:
     "Refuse what cannot go well before anything is made."
     if (d := expected_dim(job.generator)) is not None and d != job.people.dim: raise ConfigError(f"The generator takes vectors of {d} dimensions", job.people.dim, "Give identities of that dimension")
@@ -478,7 +488,9 @@ def _finish(job:Job, identity:dict, gallery, locks:Locks) -> dict:
         for attempt in range(3):
             if not (torn := torn_shards(job)): break
             if attempt == 2: raise DataError(f"{len(torn)} shards are damaged again and again, the first is {torn[0]}", str(job.out), "The disk may be at fault")
-            for name in torn: shutil.rmtree(job.done/name, ignore_errors=True)
+            again = rounds_of(job)                             # such rounds begin anew: they stand on what is made anew
+            torn += [n for n in job.names if n not in torn and set(job.identities(n).tolist()) & set(again)]
+            for path in [*job.done.glob("r*"), *(job.done/n for n in torn), *job.work.glob("round-*")]: path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
             run_shards(job, torn, None, locks)
         people, redrawn = redraw_twins(job, gallery, locks) if job.embedder is not None and job.recipe.twins == "redraw" else (job.people, 0)
         if redrawn: dataclasses.replace(people, about=people.about | dict(before=job.people.key)).save(job.out/"identities.npz")
@@ -496,7 +508,7 @@ def _finish(job:Job, identity:dict, gallery, locks:Locks) -> dict:
     write_json(job.out/"dataset.json", about)
     return about
 
-# %% ../nbs/65_generate.ipynb #e26ba403
+# %% ../nbs/65_generate.ipynb #aa7a9862
 def _part(job:Job, names, threads:int) -> int:
     "The shards of one worker process."
     set_threads(threads)
@@ -516,6 +528,7 @@ def _spread(job:Job, names, processes:int, bar) -> int:
         raise DataError("A worker process was killed, perhaps for want of memory", str(e)[:120], "The same call goes on from what is done; take fewer processes") from e
     finally: stop.set(); watcher.join()
 
+# %% ../nbs/65_generate.ipynb #1731f376
 def generate_dataset(generator,              # a FaceGenerator
                      plan:SamplingPlan,
                      out,                    # the folder; made if absent, continued if it was begun
@@ -556,6 +569,7 @@ def generate_dataset(generator,              # a FaceGenerator
         if formats: write_containers(out, formats)
     return Generated(out, about is not None, about or {}, made, time.monotonic() - start)
 
+# %% ../nbs/65_generate.ipynb #29cdbab5
 def _people(plan, people, gallery, out) -> IdentitySet:
     "The identities given, those that lie in the folder, or those of the plan."
     if people is not None: return people if isinstance(people, IdentitySet) else identity_set(people, plan)

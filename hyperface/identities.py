@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Target', 'SamplingPlan', 'place_apart', 'gallery_shape', 'IdentitySet', 'identity_set', 'make_identities',
-           'strengths', 'turned', 'draw_attributes', 'Planned', 'plan_pictures', 'redraw_identities']
+           'plan_of_file', 'strengths', 'turned', 'draw_attributes', 'Planned', 'plan_pictures', 'redraw_identities']
 
 # %% ../nbs/64_identities.ipynb #1577ea48
 import dataclasses, math, typing
@@ -174,7 +174,7 @@ def _gallery(plan:SamplingPlan, gallery) -> tuple: # (m, d), (m,) or None
     if hasattr(gallery, "vectors"): return gallery.vectors, gallery.identities if gallery.table["identity"].notna().all() else None
     return check_vectors(gallery, "gallery"), None
 
-# %% ../nbs/64_identities.ipynb #d53f3044
+# %% ../nbs/64_identities.ipynb #5a3b591f
 @dataclass(frozen=True)
 class IdentitySet:
     "Identity vectors, their names, how far draws may go, and where they come from."
@@ -215,6 +215,7 @@ def identity_set(vectors,            # (c, d) directions
     names = [f"{j:06d}" for j in range(len(x))] if names is None else [str(n) for n in names]
     return IdentitySet(x, np.array(names), limit, dict(source=plan.identities, **about))
 
+# %% ../nbs/64_identities.ipynb #6aa018e9
 def make_identities(plan:SamplingPlan,
                     gallery=None, # (m, d) embeddings or an `Embeddings`, for pca, gallery and packed; None reads the plan's source
                     ) -> IdentitySet:
@@ -235,6 +236,14 @@ def make_identities(plan:SamplingPlan,
         x, who = class_means(x, codes)[0], names
     if len(x) < plan.n: raise DataError(f"There are {len(x):,} vectors for {plan.n:,} identities", None, "Ask for fewer; n=0 takes all")
     return identity_set(x[:plan.n or None], plan, None if who is None or len(set(who)) < len(x) else who[:plan.n or None])
+
+
+def plan_of_file(path,     # embeddings (.npz, .parquet), a packing, or what IdentitySet.save wrote
+                 **fields  # of the plan; n=0, the default here, takes all
+                 ) -> SamplingPlan:
+    "The plan for vectors of a file: one identity a person where the file names people (unless each='row'), one a vector otherwise."
+    named = _read(str(path))[1] is not None and fields.get("each", "identity") == "identity"
+    return SamplingPlan(**{"n": 0, **fields, "identities": "gallery" if named else "file", "source": str(path)})
 
 # %% ../nbs/64_identities.ipynb #e55653e5
 @lru_cache(maxsize=64)

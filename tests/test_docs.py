@@ -137,7 +137,7 @@ def test_pages_in_a_browser_without_a_network(site, offline, page, equations):
     assert found["all"] >= equations and found["drawn"] == found["all"], found
     assert found["raised"] == found["msup"] and found["raw"] is None, found   # exponents stand above; no dollar signs are left
     pictures = 1 if page == "index" else sum(k.startswith("image/") for c in notebook(ROOT / f"{page}.ipynb") for o in c.get("outputs", []) for k in o.get("data", {}))
-    assert offline.evaluate("document.querySelectorAll('article img').length") == pictures > 0
+    assert offline.evaluate("document.querySelectorAll('article img').length") == pictures
     assert offline.evaluate("[...document.querySelectorAll('article img')].filter(i => { i.loading = 'eager'; return i.complete && !i.naturalWidth; }).map(i => i.src)") == []
     assert offline.evaluate("getComputedStyle(document.querySelector('.sidebar-drawer')).display") != "none"
 

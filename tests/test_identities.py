@@ -8,7 +8,7 @@ import pytest
 from hyperface.config import from_dict
 from hyperface.core import ConfigError, DataError, MissingWeights, write_npz
 from hyperface.extraction.embed import Embeddings
-from hyperface.identities import (IdentitySet, SamplingPlan, Target, gallery_shape, identity_set, make_identities, place_apart, plan_pictures,
+from hyperface.identities import (IdentitySet, SamplingPlan, Target, gallery_shape, identity_set, make_identities, place_apart, plan_of_file, plan_pictures,
                                   redraw_identities, strengths)
 
 
@@ -109,6 +109,8 @@ def test_gallery_means_rows_and_files(tmp_path):
     assert means.names.tolist() == ["a", "b", "c"] and np.allclose(means.vectors[0], unit(x[who == "a"].mean(0, keepdims=True))[0], atol=1e-6)
     path = str(refs.save(tmp_path / "refs.npz"))
     assert (make_identities(SamplingPlan(identities="gallery", n=0, source=path)).vectors == means.vectors).all()
+    assert (make_identities(plan_of_file(path, per_identity=3)).vectors == means.vectors).all() and plan_of_file(path, per_identity=3).per_identity == 3
+    assert (make_identities(plan_of_file(path, each="row", n=5)).vectors == x[:5]).all()
     rows = make_identities(SamplingPlan(identities="gallery", n=4, each="row", source=path))
     assert (rows.vectors == x[:4]).all()
     write_npz(tmp_path / "plain.npz", vectors=3 * x)

@@ -86,7 +86,7 @@ def operations(kind:str, size:int, model:str) -> float: # for one unit of work; 
     cost = 2e6*float(model_costs([c.backbone if c else model], image_size=size, embedding_dim=c.embedding_dim if c else 512).multiplications.iloc[0])
     return 3*cost if c else cost
 
-# %% ../../nbs/86_plan.ipynb #a0284c74
+# %% ../../nbs/86_plan.ipynb #bdfe4d6d
 def measure(unit:tuple,       # kind, size, model of a `Work`
             seconds:float=2., # about how long to look, after a first round that warms up
             ) -> float:       # seconds a unit of work, as a run on this machine takes
@@ -110,6 +110,7 @@ def _quiet():
     try: yield
     finally: os.environ.pop("HYPERFACE_PROGRESS") if old is None else os.environ.__setitem__("HYPERFACE_PROGRESS", old)
 
+# %% ../../nbs/86_plan.ipynb #d640ae5c
 def _probe_render(size, model):
     from hyperface.data.rendered import render_faces
     return (lambda: render_faces(3, 2, size=size, cache=False)), 6, 1/thread_count()
