@@ -24,7 +24,7 @@ setup(
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["hyperface", "hyperface.*"]),
-    package_data={"hyperface": ["profiles/*.yaml", "assets/*", "assets/*/*", "assets/*/*/*"]},
+    package_data={"hyperface": ["profiles/*.yaml", "assets/*", "assets/*/*", "assets/*/*/*", "assets/*/*/*/*"]},
     install_requires=lines("requirements"),
     extras_require={name: lines(f"{name}_requirements") for name in ("dev", "arc2face", "webdataset")},
     entry_points={"console_scripts": lines("console_scripts")},

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['schedule', 'EMA', 'JsonLog', 'read_log', 'Checkpoints', 'LossGuard', 'batch_rows', 'steps_per_epoch', 'stream_rows',
-           'writable_folder', 'disk_error']
+           'writable_folder', 'disk_error', 'TickedTraining', 'average_gradients', 'descend', 'resume_run', 'fit_ticks']
 
-# %% ../nbs/02_loop.ipynb #5783d048
-import json, math
+# %% ../nbs/02_loop.ipynb #7334fef6
+import contextlib, json, math, time
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from .core import ConfigError, DataError, atomic_path, rng, write_text
+from .config import from_yaml, to_yaml
+from .core import ConfigError, DataError, atomic_path, progress, rng, write_json, write_text
 
 # %% ../nbs/02_loop.ipynb #26c0e98b
 def schedule(step:int,      # 0 is the first step
@@ -179,3 +181,106 @@ def disk_error(error:Exception, # what writing raised
     "A full disk in words; any other error as it is."
     full = getattr(error, "errno", None) in (27, 28, 122) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
     return DataError(f"The disk is full or may not be written ({folder})", str(error)[:120], "Free some space and start again: the run goes on from its last whole checkpoint") if full else error
+
+# %% ../nbs/02_loop.ipynb #04e4a91f
+class TickedTraining:
+    "A training counted in images. Subclasses set `config` (with `batch`, `tick_kimg`), `total` (steps), `ranks`, `folder` (or None), `guards` by network, `parts`, and `step`, `grid`, `save`, `summary`."
+    title, free = "training", ("tick_kimg", "patience")     # what the progress bar says; fields of `config` that may change when a run goes on
+    smaller = "Lower batch"                                 # the remedy where memory runs out
+    seconds, done = 0., 0                                   # spent and taken so far
+    @property
+    def skipped(self) -> int: return sum(g.skipped for g in self.guards.values())
+    @property
+    def writes(self) -> bool: return self.folder is not None and not self.ranks.rank
+    def tick(self, means:dict) -> dict: return means        # the numbers of a line, from the means over its steps
+    def remark(self, line:dict) -> str: return ""           # beside the progress bar
+    def resumed(self) -> None: pass                         # what follows from the parts that a checkpoint put back
+    def ticked(self, step:int, tick:int) -> None: pass      # what else a tick leaves
+    def in_words(self, error:Exception) -> Exception:
+        "Running out of memory in words; any other error as it is."
+        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
+        return ConfigError(f"Out of memory with a batch of {self.config.batch}", str(error)[:80], f"{self.smaller}, or share the batch with torchrun; the last checkpoint is whole") if full else error
+    def frame(self):
+        "The log as a table."
+        import pandas as pd
+        return pd.DataFrame(self.history)
+
+def average_gradients(module, ranks) -> bool: # torch module; `Ranks`
+    "Average the gradients over the processes; whether they are finite."
+    import torch
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    if ranks.size > 1:
+        flat = ranks.total(torch.cat([g.flatten() for g in grads]))/ranks.size
+        for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
+    return bool(torch.isfinite(sum(g.sum() for g in grads)))
+
+def descend(self, loss,    # scalar with a graph
+            name:str,      # the network: an attribute, and a key of `guards`
+            optimiser, clip:float|None=None, # largest norm of the gradient
+            ) -> float:    # the loss
+    "One optimiser step of a network, unless something is not finite."
+    import torch
+    module, value = getattr(self, name), float(loss.detach())
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    if self.guards[name].ok(value if average_gradients(module, self.ranks) else math.nan):
+        if clip: torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+        optimiser.step()
+    return value
+
+def resume_run(self) -> int: # steps that the newest checkpoint has behind it
+    "Claim the folder for this configuration and put back what the newest checkpoint holds."
+    self.seconds, self.history = 0., []
+    if self.folder is None: return 0
+    checkpoints, write, mine = Checkpoints(self.folder/"checkpoints"), self.folder/"config.yaml", asdict(self.config)
+    if not self.ranks.rank:
+        if checkpoints.files() and write.exists() and any(v != mine[k] for k, v in asdict(from_yaml(type(self.config), write)).items() if k not in self.free):
+            raise ConfigError(f"{self.folder} holds a run with another configuration", None, "Choose another folder, or give the same options again")
+        write_text(write, to_yaml(self.config))
+    step, values = checkpoints.load(**self.parts)
+    if step:
+        self.seconds = values["state"]["seconds"]
+        for name, g in self.guards.items(): g.bad, g.skipped = values["state"][name]
+        self.history = [line for line in read_log(self.folder/"log.jsonl") if line["step"] < step]
+        self.resumed()
+    return step
+
+# %% ../nbs/02_loop.ipynb #f929e17c
+def fit_ticks(self, stop_at:int|None=None # end after so many steps, as if interrupted; the same call without it goes on
+              ):                          # the training
+    "Train to the end, or go on to it."
+    import torch
+    c = self.config
+    per_tick, end = max(1, round(c.tick_kimg*1000/c.batch)), self.total if stop_at is None else min(stop_at, self.total)
+    with torch.random.fork_rng(), contextlib.ExitStack() as stack:
+        self.done = step = resume_run(self)
+        log = stack.enter_context(JsonLog(self.folder/"log.jsonl", step)) if self.writes else None
+        bar = stack.enter_context(progress(None, self.title, self.total*c.batch, "img")); bar.update(step*c.batch)
+        sums, began, before = [], time.perf_counter(), step
+        try:
+            while step < end:
+                sums.append(self.step(step)); step += 1; self.done = step; bar.update(c.batch)
+                if step % per_tick and step != end: continue
+                seconds = time.perf_counter() - began; self.seconds += seconds
+                means = {k: float(np.mean([line[k] for line in sums if k in line])) for k in dict.fromkeys(k for line in sums for k in line)}
+                line = dict(step=step - 1, kimg=step*c.batch/1000, **self.tick(means), skipped=self.skipped, images_per_s=(step - before)*c.batch/seconds, seconds=round(self.seconds, 2))
+                self.history.append(line); bar.set_postfix_str(self.remark(line))
+                if not self.ranks.rank: _leave(self, step, -(-step//per_tick), step == end, log, line)
+                sums, began, before = [], time.perf_counter(), step
+        except (OSError, RuntimeError, MemoryError) as e: raise disk_error(self.in_words(e), self.folder) from e
+    if self.writes and step == self.total:
+        self.save(self.folder)
+        write_json(self.folder/"result.json", self.summary())
+    self.ranks.total([0])                                  # nobody leaves before the files are there
+    return self
+
+def _leave(self, step:int, tick:int, last:bool, log, line:dict) -> None:
+    "What a tick leaves: pictures, a line, a checkpoint."
+    self.grid(step*self.config.batch/1000)
+    if log is None: return
+    log.write(**line)
+    if tick % getattr(self.config, "checkpoint_ticks", 1) == 0 or last:
+        Checkpoints(self.folder/"checkpoints").save(step, **self.parts, state=dict(seconds=self.seconds, **{name: (g.bad, g.skipped) for name, g in self.guards.items()}))
+    self.ticked(step, tick)
+
+TickedTraining.fit, TickedTraining.descend = fit_ticks, descend

@@ -13,7 +13,7 @@ from hyperface.extraction.onnx_torch import TorchEmbedder, UnitNetwork
 from hyperface.recognition.backbones import create_model
 from hyperface.vec2face.losses import LPIPS, LossWeights, OwnPerception, PatchCritic, Vec2FaceLoss, adaptive_weight, critic_loss, ssim
 from hyperface.vec2face.networks import TRAINING
-from hyperface.vec2face.train import FEATURE_NORM, Vec2FaceFaces, Vec2FaceTrainer, load_vec2face, turned_faces, vec2face_config
+from hyperface.vec2face.train import FEATURE_NORM, Vec2FaceFaces, Vec2FaceTrainer, load_vec2face, shipped_vec2face, turned_faces, vec2face_config, vec2face_embedder
 
 
 def blank(seed=3):
@@ -203,3 +203,20 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(words) == 0
     assert cli.main(["train-vec2face", "--perceptual", "vgg", "-o", str(tmp_path / "x")]) == 2
     assert cli.main(["train-vec2face", "--data", str(tmp_path / "nothing"), "-o", str(tmp_path / "x")]) == 2
+
+
+def test_shipped_weights_are_small_and_fit_each_other():
+    from pathlib import Path
+
+    import hyperface
+    assert "rendered64" in shipped_vec2face()
+    for name in shipped_vec2face():
+        folder = Path(hyperface.__file__).parent / "assets" / "vec2face" / name
+        assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 8 * 2**20
+        assert (folder / "README.md").exists() and (folder / "log.jsonl").exists()
+        faces, embedder = Vec2FaceFaces(name), vec2face_embedder(name)
+        assert faces.dim == embedder.dim and faces.model.notes["images"] > 0
+        people = turned_faces(12, 1, seed=91)
+        asked = embedder.embed(people.images())
+        kept = asked @ embedder.embed(faces.generate(asked, generator=torch.Generator().manual_seed(0)).numpy()).T
+        assert np.diag(kept).mean() > .7 > .4 > np.abs(kept[~np.eye(12, dtype=bool)]).mean()

@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'GANConfig', 'gan_config', 'GANData', 'GANTrainer', 'build_networks', 'save_gan', 'grown', 'gan_step',
-           'fit_gan', 'gan_summary']
+           'gan_tick', 'gan_summary']
 
-# %% ../../nbs/56_train.ipynb #4f82fa63
-import contextlib, math, os, re, time, warnings
+# %% ../../nbs/56_train.ipynb #96bc25a5
+import math, os, re, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 
-from ..config import from_dict, from_yaml, to_yaml
-from ..core import ConfigError, DataError, best_device, derive_seed, fast_bfloat16, git_commit, progress, read_json, rng, torch_rng, write_json, write_text
+from ..config import from_dict, from_yaml
+from ..core import ConfigError, DataError, best_device, derive_seed, fast_bfloat16, git_commit, read_json, rng, torch_rng
 from ..data.records import Records
 from ..data.store import PixelStore
-from ..loop import EMA, Checkpoints, JsonLog, LossGuard, disk_error, read_log, stream_rows, writable_folder
+from ..loop import EMA, LossGuard, TickedTraining, stream_rows, writable_folder
 from ..sphere.ranks import Ranks
 from .augment import AUGPIPES, AdaController, augment_pipe
 from .conditions import ConditionSchema, schema_from_records
@@ -151,9 +150,10 @@ class GANData:
         return None if self.labels is None else self.hide(self.labels[torch.randint(len(self.labels), (n,), generator=generator)], generator)
     def hide(self, c, generator): return c if c is None or not self.config.hidden else self.schema.drop(c, self.config.hidden, generator)
 
-# %% ../../nbs/56_train.ipynb #d08c2693
-class GANTrainer:
+# %% ../../nbs/56_train.ipynb #581b180a
+class GANTrainer(TickedTraining):
     "Trains a generator; the same call continues a run that was interrupted."
+    title, free, smaller = "training StyleGAN2", ("kimg", "tick_kimg", "snapshot_ticks", "checkpoint_ticks", "patience"), "Lower batch, channel_base or resolution"
     def __init__(self, config:GANConfig,    # see `gan_config`
                  records:Records,           # faces, with the columns that `conditions` names
                  folder=None,               # of the run; None keeps everything in memory
@@ -189,13 +189,11 @@ class GANTrainer:
         self.r_opt = None if self.reader is None else torch.optim.Adam(self.reader.parameters(), 1e-3)
         self.ada = AdaController(c.target, c.ada_interval, c.ada_kimg, rule=c.ada_rule, fixed=c.p if c.aug == "fixed" else 0. if c.aug == "noaug" else None, p=c.p)
         self.pipe = augment_pipe(c.augpipe).to(self.device); self.pipe.p.fill_(self.ada.p)
-        self.pl, self.seconds, self.history = PathLength(weight=c.pl_weight), 0., []
+        self.pl, self.history = PathLength(weight=c.pl_weight), []
         self.guards = {name: LossGuard(c.patience) for name in ("G", "D", "reader")}        # one each: a network that never moves must not hide behind the others
         self.half = torch.bfloat16 if self.device.type == "cpu" and (c.precision == "bf16" or c.precision == "auto" and fast_bfloat16(self.device)) else None
         g = torch_rng(c.seed, "grid")
         self.grid_z, self.grid_c = torch.randn(32, c.z_dim, generator=g), self.data.draw_conditions(32, g)
-    @property
-    def skipped(self) -> int: return sum(g.skipped for g in self.guards.values())
     @property
     def parts(self) -> dict:
         "What a checkpoint holds and puts back."
@@ -241,22 +239,7 @@ def grown(net, state:dict,  # the larger network; weights of a smaller one
     new = {k: v for k, v in own.items() if (m := re.match(r"(?:synthesis\.)?b(\d+)\.", k)) and int(m[1]) > resolution}
     return {**state, **{k: torch.zeros_like(v) if k.endswith(silent) else v for k, v in new.items()}}
 
-# %% ../../nbs/56_train.ipynb #ac1b8e38
-def _sync(self, parameters) -> bool:
-    "Average gradients over the processes; whether they are finite."
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if self.ranks.size > 1:
-        flat = self.ranks.total(torch.cat([g.flatten() for g in grads]))/self.ranks.size
-        for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
-    return bool(torch.isfinite(sum(g.sum() for g in grads)))
-
-def _descend(self, loss, name, optimiser) -> float:
-    "One optimiser step of a network, unless something is not finite."
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    if self.guards[name].ok(float(loss.detach()) if _sync(self, getattr(self, name).parameters()) else math.nan): optimiser.step()
-    return float(loss.detach())
-
+# %% ../../nbs/56_train.ipynb #0685e105
 def _only(train, *frozen):
     "Gradients for one network."
     train.requires_grad_(True)
@@ -279,7 +262,7 @@ def _logits(self, images, c, g):
     aug = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, [], generator=g)))
     return self.D(self.pipe(images, generator=aug), c).float()
 
-# %% ../../nbs/56_train.ipynb #7e744fa0
+# %% ../../nbs/56_train.ipynb #0b4b3d3b
 def _g_step(self, g, n) -> dict:
     "Move G."
     _only(self.G, self.D, *([] if self.reader is None else [self.reader]))
@@ -290,7 +273,7 @@ def _g_step(self, g, n) -> dict:
     if self.reader is not None:
         read = self.reader.loss(fake, c).mean(); line["reader"] = float(read.detach())
         loss = found + self.config.reader_weight*read
-    _descend(self, loss, "G", self.g_opt)
+    self.descend(loss, "G", self.g_opt)
     if self.ranks.size > 1: self.G.mapping.w_avg.copy_(_agreed(self, self.G.mapping.w_avg))
     return line | dict(g_loss=float(found.detach()))
 
@@ -299,7 +282,7 @@ def _pl_step(self, g, n) -> dict:
     n = max(1, n//self.config.pl_batch_shrink)
     fake, ws = _fakes(self, *_latents(self, g, n), g)
     penalty, length = self.pl(fake, ws, torch.Generator(self.device).manual_seed(int(torch.randint(2**62, [], generator=g))), lambda x: _agreed(self, x))
-    _descend(self, penalty*self.config.g_interval, "G", self.g_opt)
+    self.descend(penalty*self.config.g_interval, "G", self.g_opt)
     return dict(pl_penalty=float(penalty.detach()), path_length=length)
 
 def _d_step(self, g, real, c_real) -> dict:
@@ -308,7 +291,7 @@ def _d_step(self, g, real, c_real) -> dict:
     z, c = _latents(self, g, len(real))
     with torch.no_grad(): fake, _ = _fakes(self, z, c, g)
     fake_logits, real_logits = _logits(self, fake, c, g), _logits(self, real, c_real, g)
-    loss = _descend(self, d_loss(real_logits, fake_logits), "D", self.d_opt)
+    loss = self.descend(d_loss(real_logits, fake_logits), "D", self.d_opt)
     self.ada.observe(real_logits, self.config.batch)
     return dict(d_loss=loss, real_score=float(real_logits.detach().mean()), fake_score=float(fake_logits.detach().mean()))
 
@@ -316,13 +299,13 @@ def _r1_step(self, g, real, c_real) -> dict:
     "Flatten D at real images."
     x = real.detach().clone().requires_grad_()
     penalty = r1_penalty(_logits(self, x, c_real, g), x, self.config.gamma)
-    _descend(self, penalty*self.config.d_interval, "D", self.d_opt)
+    self.descend(penalty*self.config.d_interval, "D", self.d_opt)
     return dict(r1_penalty=float(penalty.detach()))
 
 def _reader_step(self, real, c_real) -> dict:
     "Teach the reader on real images."
     self.reader.requires_grad_(True)
-    return dict(reader_real=_descend(self, self.reader.loss(real, c_real).mean(), "reader", self.r_opt))
+    return dict(reader_real=self.descend(self.reader.loss(real, c_real).mean(), "reader", self.r_opt))
 
 # %% ../../nbs/56_train.ipynb #16c49293
 def gan_step(self, step:int) -> dict: # numbers of this step
@@ -344,7 +327,7 @@ def gan_step(self, step:int) -> dict: # numbers of this step
 
 GANTrainer.step = gan_step
 
-# %% ../../nbs/56_train.ipynb #9385fc1e
+# %% ../../nbs/56_train.ipynb #8b91941e
 def _grid(self, kimg:float):
     "The same 32 vectors, as the averaged generator sees them now."
     with torch.no_grad(): x = torch.cat([self.ema.module(z.to(self.device), _to(c, self.device), noise_mode="const").float().cpu() for z, c in zip(self.grid_z.split(8), [None]*4 if self.grid_c is None else self.grid_c.split(8))])
@@ -354,68 +337,13 @@ def _grid(self, kimg:float):
         sheet.save(self.folder/"grids"/f"kimg-{kimg:010.3f}.png")
     return sheet
 
-def _resume(self) -> int:
-    "Steps that the newest checkpoint has behind it."
-    if self.folder is None: return 0
-    write = self.folder/"config.yaml"
-    if not self.ranks.rank:
-        free = {"kimg", "tick_kimg", "snapshot_ticks", "checkpoint_ticks", "patience"}           # may change when a run goes on
-        if write.exists() and any(v != asdict(self.config)[k] for k, v in asdict(from_yaml(GANConfig, write)).items() if k not in free) and Checkpoints(self.folder/"checkpoints").files():
-            raise ConfigError(f"{self.folder} holds a run with another configuration", None, "Choose another folder, or give the same options again")
-        write_text(write, to_yaml(self.config))
-    step, values = Checkpoints(self.folder/"checkpoints").load(**self.parts)
-    if step:
-        self.seconds = values["state"]["seconds"]
-        for name, g in self.guards.items(): g.bad, g.skipped = values["state"][name]
-        self.history = [line for line in read_log(self.folder/"log.jsonl") if line["step"] < step]
-        self.pipe.p.fill_(self.ada.p)
-    return step
+def gan_tick(self, means:dict) -> dict: return dict(r_t=self.ada.r if self.ada.r is not None else math.nan, p=self.ada.p) | means
 
-def _memory(error:Exception, c:GANConfig) -> Exception:
-    "Running out of memory in words; any other error as it is."
-    full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
-    return ConfigError(f"Out of memory with a batch of {c.batch} at {c.resolution} px and {c.channel_base} channels", str(error)[:80], "Lower batch, channel_base or resolution, or share the batch with torchrun; the last checkpoint is whole") if full else error
+def _resumed(self) -> None: self.pipe.p.fill_(self.ada.p)
 
-# %% ../../nbs/56_train.ipynb #c12a90b4
-def fit_gan(self, stop_at:int|None=None # end after so many steps, as if interrupted; the same call without it goes on
-            ) -> "GANTrainer":
-    "Train to the end, or go on to it."
-    c = self.config
-    per_tick = max(1, round(c.tick_kimg*1000/c.batch)); end = self.total if stop_at is None else min(stop_at, self.total)
-    with torch.random.fork_rng(), contextlib.ExitStack() as stack:
-        self.done = step = _resume(self)
-        first = not self.ranks.rank
-        log = stack.enter_context(JsonLog(self.folder/"log.jsonl", step)) if self.folder is not None and first else None
-        bar = stack.enter_context(progress(None, "training StyleGAN2", self.total*c.batch, "img")); bar.update(step*c.batch)
-        sums, began, ticked = [], time.perf_counter(), step
-        try:
-            while step < end:
-                sums.append(self.step(step)); step += 1; self.done = step; bar.update(c.batch)
-                if step % per_tick and step != end: continue
-                seconds = time.perf_counter() - began; self.seconds += seconds
-                line = _tick(self, step, sums) | dict(images_per_s=(step - ticked)*c.batch/seconds, seconds=round(self.seconds, 2))
-                self.history.append(line); bar.set_postfix_str(f"r_t {line['r_t']:.2f} p {line['p']:.3f}")
-                if first: _grid(self, step*c.batch/1000)
-                if log: log.write(**line)
-                tick = -(-step//per_tick)
-                if self.folder is not None and first and (tick % c.checkpoint_ticks == 0 or step == end): _checkpoint(self, step)
-                if self.folder is not None and first and (tick % c.snapshot_ticks == 0 or step == self.total): self.save(self.folder/"snapshots"/f"kimg-{step*c.batch//1000:06d}")
-                sums, began, ticked = [], time.perf_counter(), step
-        except (OSError, RuntimeError, MemoryError) as e: raise disk_error(_memory(e, c), self.folder) from e
-    if self.folder is not None and first and step == self.total:
-        self.save(self.folder)
-        write_json(self.folder/"result.json", self.summary())
-    self.ranks.total([0])
-    return self
-
-def _tick(self, step, sums) -> dict:
-    "Means over a tick."
-    names = dict.fromkeys(k for line in sums for k in line)
-    means = {k: float(np.mean([line[k] for line in sums if k in line])) for k in names}
-    return dict(step=step - 1, kimg=step*self.config.batch/1000, r_t=self.ada.r if self.ada.r is not None else math.nan, p=self.ada.p, **means, skipped=self.skipped)
-
-def _checkpoint(self, step) -> None:
-    Checkpoints(self.folder/"checkpoints").save(step, **self.parts, state=dict(seconds=self.seconds, **{name: (g.bad, g.skipped) for name, g in self.guards.items()}))
+def _ticked(self, step:int, tick:int) -> None:
+    "Keep a generator now and then."
+    if tick % self.config.snapshot_ticks == 0 or step == self.total: self.save(self.folder/"snapshots"/f"kimg-{step*self.config.batch//1000:06d}")
 
 def gan_summary(self) -> dict:
     "The figures of the run."
@@ -423,4 +351,5 @@ def gan_summary(self) -> dict:
     return dict(preset=self.config.preset, images=len(self.data.records), kimg=round(self.done*self.config.batch/1000, 3), seconds=round(self.seconds, 1), device=str(self.device), finished=self.done == self.total,
                 **{k: last[k] for k in ("r_t", "p", "images_per_s", "skipped") if k in last}, commit=git_commit())
 
-GANTrainer.fit, GANTrainer.grid, GANTrainer.summary, GANTrainer.frame = fit_gan, _grid, gan_summary, lambda self: pd.DataFrame(self.history)
+GANTrainer.grid, GANTrainer.summary, GANTrainer.tick, GANTrainer.resumed, GANTrainer.ticked = _grid, gan_summary, gan_tick, _resumed, _ticked
+GANTrainer.remark = lambda self, line: f"r_t {line['r_t']:.2f} p {line['p']:.3f}"

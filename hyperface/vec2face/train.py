@@ -4,32 +4,29 @@
 
 # %% auto #0
 __all__ = ['FEATURE_NORM', 'VEC2FACE_PRESETS', 'Vec2FaceConfig', 'vec2face_config', 'turned_faces', 'Vec2FaceData',
-           'Vec2FaceTrainer', 'own_perception', 'start_from', 'vec2face_step', 'vec2face_grid', 'fit_vec2face',
-           'save_vec2face', 'vec2face_summary', 'shipped_vec2face', 'load_vec2face', 'vec2face_embedder',
-           'Vec2FaceFaces']
+           'Vec2FaceTrainer', 'own_perception', 'start_from', 'vec2face_step', 'vec2face_grid', 'save_vec2face',
+           'vec2face_summary', 'shipped_vec2face', 'load_vec2face', 'vec2face_embedder', 'Vec2FaceFaces']
 
-# %% ../../nbs/62_vec2face_train.ipynb #1badd485
-import contextlib, math, os, time, warnings
+# %% ../../nbs/62_vec2face_train.ipynb #1742bd7f
+import math, os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
-import torch.nn.functional as F
 
-from ..config import from_dict, from_yaml, to_yaml
-from ..core import ConfigError, DataError, MissingWeights, best_device, derive_seed, fast_bfloat16, git_commit, progress, rng, torch_rng, write_json, write_text
+from ..config import from_dict, from_yaml
+from ..core import ConfigError, DataError, MissingWeights, best_device, derive_seed, fast_bfloat16, git_commit, rng, torch_rng
 from ..data.records import Records
 from ..data.rendered import GROUPS, render_faces
 from ..data.store import PixelStore
 from ..extraction.embed import embed_records
 from ..extraction.onnx_torch import TorchEmbedder, UnitNetwork, torch_embedder
-from ..loop import EMA, Checkpoints, JsonLog, LossGuard, disk_error, read_log, schedule, stream_rows, writable_folder
+from ..loop import EMA, LossGuard, TickedTraining, schedule, stream_rows, writable_folder
 from ..sphere.ranks import Ranks
 from ..style import face_grid
-from .losses import LossWeights, LPIPS, OwnPerception, PatchCritic, Vec2FaceLoss, adaptive_weight, critic_loss, load_lpips
+from .losses import LossWeights, OwnPerception, PatchCritic, Vec2FaceLoss, adaptive_weight, critic_loss, load_lpips
 from .networks import GENERATION, TRAINING, FMAEConfig, FeatureMAE, Masking
 
 # %% ../../nbs/62_vec2face_train.ipynb #962e3cb2
@@ -124,9 +121,10 @@ class Vec2FaceData:
         rows = self.rows[stream_rows(step, len(self.rows), self.config.batch, self.config.seed, ranks.rank, ranks.size)]
         return self.images(rows), self.vectors[rows]
 
-# %% ../../nbs/62_vec2face_train.ipynb #2569c59e
-class Vec2FaceTrainer:
+# %% ../../nbs/62_vec2face_train.ipynb #c10c47f3
+class Vec2FaceTrainer(TickedTraining):
     "Trains a generator; the same call continues a run that was interrupted."
+    title, smaller = "training Vec2Face", "Lower batch, or the sizes of network"
     def __init__(self, config:Vec2FaceConfig, # see `vec2face_config`
                  records:Records,             # aligned faces
                  embedder,                    # a TorchEmbedder, or what `torch_embedder` takes; "rendered64" is the shipped one
@@ -161,7 +159,7 @@ class Vec2FaceTrainer:
         self.g_opt, self.d_opt = torch.optim.AdamW(self.G.parameters(), **kind), torch.optim.AdamW(self.D.parameters(), **kind)
         self.guards = {name: LossGuard(c.patience) for name in ("G", "D")}
         self.half = torch.bfloat16 if c.precision == "bf16" or c.precision == "auto" and fast_bfloat16(self.device) else None
-        self.seconds, self.history, self.done = 0., [], 0
+        self.history = []
     @property
     def parts(self) -> dict:
         "What a checkpoint holds and puts back."
@@ -194,23 +192,7 @@ def start_from(model:FeatureMAE, folder) -> list[str]: # names of tensors that s
     model.load_state_dict({**mine, **state})
     return new
 
-# %% ../../nbs/62_vec2face_train.ipynb #e7fa330d
-def _finite_mean(self, module) -> bool:
-    "Average the gradients over the processes; whether they are finite."
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    if self.ranks.size > 1:
-        flat = self.ranks.total(torch.cat([g.flatten() for g in grads]))/self.ranks.size
-        for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
-    return bool(torch.isfinite(sum(g.sum() for g in grads)))
-
-def _move(self, loss, name, optimiser) -> None:
-    "One optimiser step of a network, unless something is not finite."
-    optimiser.zero_grad(set_to_none=True); loss.backward()
-    module = getattr(self, name)
-    if self.guards[name].ok(float(loss.detach()) if _finite_mean(self, module) else math.nan):
-        if self.config.clip: torch.nn.utils.clip_grad_norm_(module.parameters(), self.config.clip)
-        optimiser.step()
-
+# %% ../../nbs/62_vec2face_train.ipynb #a14e3f70
 def vec2face_step(self, step:int) -> dict: # numbers of this step
     "One step of the generator, and of the critic where it plays."
     c, g = self.config, torch_rng(self.config.seed, "step", step, self.ranks.rank)
@@ -228,17 +210,17 @@ def vec2face_step(self, step:int) -> dict: # numbers of this step
             weight = adaptive_weight(loss, verdict, self.G.im_decoder.conv_out.weight, c.weights.critic)
             line |= dict(critic_weight=float(weight), g_critic=float(verdict.detach())); loss = loss + weight*verdict
         line["loss"] = float(loss.detach())
-        _move(self, loss, "G", self.g_opt)
+        self.descend(loss, "G", self.g_opt, c.clip)
         if plays:
             self.D.requires_grad_(True)
             d = critic_loss(self.D(real).float(), self.D(made.detach()).float())
-            line["d_loss"] = float(d.detach()); _move(self, d, "D", self.d_opt)
+            line["d_loss"] = self.descend(d, "D", self.d_opt, c.clip)
     self.ema.update(self.G, c.batch)
     return line
 
 Vec2FaceTrainer.step = vec2face_step
 
-# %% ../../nbs/62_vec2face_train.ipynb #9591ac8e
+# %% ../../nbs/62_vec2face_train.ipynb #05b1e388
 @torch.no_grad()
 def _watch(self) -> dict:
     "Cosine of the asked vectors to the faces that the averaged generator makes of them: people held out."
@@ -258,50 +240,6 @@ def vec2face_grid(self, kimg:float|None=None): # thousands of images so far; Non
     if self.folder is not None and kimg is not None: (self.folder/"grids").mkdir(exist_ok=True); sheet.save(self.folder/"grids"/f"kimg-{kimg:010.3f}.png")
     return sheet
 
-def _resume(self) -> int:
-    "Steps that the newest checkpoint has behind it."
-    if self.folder is None: return 0
-    write, free = self.folder/"config.yaml", {"tick_kimg", "patience"}                # may change when a run goes on
-    if not self.ranks.rank:
-        saved = Checkpoints(self.folder/"checkpoints").files()
-        if saved and write.exists() and any(v != asdict(self.config)[k] for k, v in asdict(from_yaml(Vec2FaceConfig, write)).items() if k not in free): raise ConfigError(f"{self.folder} holds a run with another configuration", None, "Choose another folder, or give the same options again")
-        write_text(write, to_yaml(self.config))
-    step, values = Checkpoints(self.folder/"checkpoints").load(**self.parts)
-    if step:
-        self.seconds = values["state"]["seconds"]
-        for name, g in self.guards.items(): g.bad, g.skipped = values["state"][name]
-        self.history = [line for line in read_log(self.folder/"log.jsonl") if line["step"] < step]
-    return step
-
-# %% ../../nbs/62_vec2face_train.ipynb #fd4028e2
-def fit_vec2face(self, stop_at:int|None=None # end after so many steps, as if interrupted; the same call without it goes on
-                 ) -> "Vec2FaceTrainer":
-    "Train to the end, or go on to it."
-    c = self.config; first = not self.ranks.rank
-    per_tick, end = max(1, round(c.tick_kimg*1000/c.batch)), self.total if stop_at is None else min(stop_at, self.total)
-    with torch.random.fork_rng(), contextlib.ExitStack() as stack:
-        self.done = step = _resume(self)
-        log = stack.enter_context(JsonLog(self.folder/"log.jsonl", step)) if self.folder is not None and first else None
-        bar = stack.enter_context(progress(None, "training Vec2Face", self.total*c.batch, "img")); bar.update(step*c.batch)
-        sums, began, ticked = [], time.perf_counter(), step
-        try:
-            while step < end:
-                sums.append(self.step(step)); step += 1; self.done = step; bar.update(c.batch)
-                if step % per_tick and step != end: continue
-                seconds = time.perf_counter() - began; self.seconds += seconds
-                means = {k: float(np.mean([line[k] for line in sums if k in line])) for k in dict.fromkeys(k for line in sums for k in line)}
-                line = dict(step=step - 1, kimg=step*c.batch/1000, **means, **_watch(self), skipped=sum(g.skipped for g in self.guards.values()), images_per_s=(step - ticked)*c.batch/seconds, seconds=round(self.seconds, 2))
-                self.history.append(line); bar.set_postfix_str(f"loss {line['loss']:.3f}" + (f" cosine {line['similarity']:.2f}" if "similarity" in line else ""))
-                if first: self.grid(step*c.batch/1000)
-                if log: log.write(**line)
-                if self.folder is not None and first: Checkpoints(self.folder/"checkpoints").save(step, **self.parts, state=dict(seconds=self.seconds, **{name: (g.bad, g.skipped) for name, g in self.guards.items()}))
-                sums, began, ticked = [], time.perf_counter(), step
-        except (OSError, RuntimeError) as e: raise disk_error(e, self.folder) from e
-    if self.folder is not None and first and step == self.total:
-        self.save(self.folder); write_json(self.folder/"result.json", self.summary())
-    self.ranks.total([0])
-    return self
-
 def save_vec2face(self, folder, half:bool=False) -> Path: # half: float16 on disk
     "The averaged generator as `save_pretrained` writes it, with what it was trained on."
     return self.ema.module.save_pretrained(folder, half=half, preset=self.config.preset, feature_norm=self.config.feature_norm, kimg=round(self.done*self.config.batch/1000, 3), data=self.data.records.name, images=len(self.data.rows), embedder=self.embedder.name, embedder_key=self.embedder.key, commit=git_commit())
@@ -312,10 +250,13 @@ def vec2face_summary(self) -> dict:
     return dict(preset=self.config.preset, images=len(self.data.rows), kimg=round(self.done*self.config.batch/1000, 3), seconds=round(self.seconds, 1), device=str(self.device), finished=self.done == self.total,
                 **{k: last[k] for k in ("loss", "similarity", "similarity_low", "images_per_s", "skipped") if k in last}, commit=git_commit())
 
-Vec2FaceTrainer.fit, Vec2FaceTrainer.grid, Vec2FaceTrainer.save, Vec2FaceTrainer.summary, Vec2FaceTrainer.frame = fit_vec2face, vec2face_grid, save_vec2face, vec2face_summary, lambda self: pd.DataFrame(self.history)
+Vec2FaceTrainer.grid, Vec2FaceTrainer.save, Vec2FaceTrainer.summary, Vec2FaceTrainer.tick = vec2face_grid, save_vec2face, vec2face_summary, lambda self, means: means | _watch(self)
+Vec2FaceTrainer.remark = lambda self, line: f"loss {line['loss']:.3f}" + (f" cosine {line['similarity']:.2f}" if "similarity" in line else "")
 
-# %% ../../nbs/62_vec2face_train.ipynb #61917fbf
-def _assets() -> Path: return Path(__file__).resolve().parents[1]/"assets" if "__file__" in globals() else Path(torch_embedder.__code__.co_filename).resolve().parents[1]/"assets"
+# %% ../../nbs/62_vec2face_train.ipynb #c30217dd
+def _assets() -> Path:
+    here = __file__ if "__file__" in globals() else torch_embedder.__code__.co_filename
+    return Path(here).resolve().parents[1]/"assets"/"vec2face"
 
 def shipped_vec2face() -> list[str]:
     "Names of the Vec2Face weights that ship with the package."
