@@ -182,7 +182,7 @@ def disk_error(error:Exception, # what writing raised
     full = getattr(error, "errno", None) in (27, 28, 122) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
     return DataError(f"The disk is full or may not be written ({folder})", str(error)[:120], "Free some space and start again: the run goes on from its last whole checkpoint") if full else error
 
-# %% ../nbs/02_loop.ipynb #04e4a91f
+# %% ../nbs/02_loop.ipynb #ab70de51
 class TickedTraining:
     "A training counted in images. Subclasses set `config` (with `batch`, `tick_kimg`), `total` (steps), `ranks`, `folder` (or None), `guards` by network, `parts`, and `step`, `grid`, `save`, `summary`."
     title, free = "training", ("tick_kimg", "patience")     # what the progress bar says; fields of `config` that may change when a run goes on
@@ -205,6 +205,7 @@ class TickedTraining:
         import pandas as pd
         return pd.DataFrame(self.history)
 
+# %% ../nbs/02_loop.ipynb #cc46ebcb
 def average_gradients(module, ranks) -> bool: # torch module; `Ranks`
     "Average the gradients over the processes; whether they are finite."
     import torch
