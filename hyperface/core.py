@@ -9,8 +9,8 @@ __all__ = ['HyperfaceError', 'DataError', 'MissingWeights', 'ConfigError', 'proj
            'write_npz', 'read_npz', 'content_key', 'file_key', 'progress', 'git_commit', 'package_versions',
            'provenance']
 
-# %% ../nbs/00_core.ipynb #98884f1d
-import contextlib, hashlib, importlib.metadata, json, os, platform, subprocess, sys, tempfile, time
+# %% ../nbs/00_core.ipynb #59b61cea
+import contextlib, functools, hashlib, importlib.metadata, json, os, platform, subprocess, sys, tempfile, time
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -246,7 +246,7 @@ def progress(iterable=None, # what to walk through; None gives a bar to `update`
     quiet = os.environ.get("HYPERFACE_PROGRESS", "1") == "0" and not target
     return Bar(iterable, desc=desc, total=total, unit=unit, mininterval=.5, ncols=90 if target else None, dynamic_ncols=not target, leave=False, disable=quiet)
 
-# %% ../nbs/00_core.ipynb #94b7fb22
+# %% ../nbs/00_core.ipynb #3620ae07
 def git_commit() -> str|None: # short hash, with "+" if files differ from it; None outside a repository
     "The commit this package runs from."
     run = lambda *a: subprocess.run(["git", *a], cwd=project_root(), capture_output=True, text=True, timeout=10)
@@ -257,13 +257,15 @@ def git_commit() -> str|None: # short hash, with "+" if files differ from it; No
         return head.stdout.strip() + ("+" if dirty else "")
     except (OSError, subprocess.TimeoutExpired): return None
 
+@functools.cache
+def _version(name:str) -> str:
+    try: return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError: return "not installed"
+
 def package_versions() -> dict[str, str]:
     "Versions of the packages that a result depends on."
-    names = ["hyperface", "numpy", "scipy", "torch", "scikit-learn", "pandas", "insightface", "onnxruntime", "opencv-python", "pillow"]
-    def version(name):
-        try: return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: return "not installed"
-    return {name: version(name) for name in names}
+    names = ["hyperface", "numpy", "scipy", "torch", "scikit-learn", "pandas", "insightface", "onnxruntime", "opencv-python", "pillow", "diffusers"]
+    return {name: _version(name) for name in names}
 
 def provenance() -> dict:
     "Commit, versions, machine, threads and time: what a result is stored with."

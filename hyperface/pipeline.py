@@ -6,8 +6,8 @@
 __all__ = ['Step', 'read_step', 'notebooks_dir', 'find_steps', 'choose', 'code_closure', 'fingerprint', 'step_key',
            'stale_because', 'freshness', 'run_step', 'Ticker', 'reproduce', 'status']
 
-# %% ../nbs/90_pipeline.ipynb #03f54a6e
-import ast, contextlib, difflib, fnmatch, json, os, re, sys, threading, time
+# %% ../nbs/90_pipeline.ipynb #1f8058af
+import ast, contextlib, difflib, fnmatch, functools, json, os, re, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
@@ -90,8 +90,9 @@ def choose(steps:dict[str, Step], only:list[str]|None) -> tuple[list[str], list[
     for name in asked: add(name)
     return [n for n in steps if n in wanted], [n for n in steps if n in asked]
 
-# %% ../nbs/90_pipeline.ipynb #161cfbf2
-def _imports(source:str, package:str) -> set[str]:
+# %% ../nbs/90_pipeline.ipynb #e9491644
+@functools.cache
+def _imports(source:str, package:str) -> frozenset[str]:
     "Modules of `hyperface` that a piece of code imports anywhere in it; `package` resolves relative imports."
     found = set()
     for node in ast.walk(ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", source))):
@@ -100,7 +101,7 @@ def _imports(source:str, package:str) -> set[str]:
             base = package.split(".")[:len(package.split(".")) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             found |= {module, *(f"{module}.{a.name}" for a in node.names)}
-    return {m for m in found if m.split(".")[0] == "hyperface"}
+    return frozenset(m for m in found if m.split(".")[0] == "hyperface")
 
 def code_closure(source:str # code of a notebook
                  ) -> dict[str, Path]: # module -> file
@@ -128,15 +129,19 @@ def fingerprint(folder:Path|None, most:int=50_000 # entries looked at; beyond th
                 stat = os.stat(os.path.join(base, name)); seen.append((os.path.relpath(base, folder), name, stat.st_size, stat.st_mtime_ns))
     return content_key(seen, count)
 
-def step_key(step:Step, parameters:dict, upstream:dict[str, str]) -> dict[str, str]:
+def step_key(step:Step, parameters:dict, upstream:dict[str, str],
+             known:dict|None=None, # fingerprints of folders looked at already; filled
+             ) -> dict[str, str]:
     "The parts of a step's key: notebook, parameters, code, data, upstream, versions."
+    known = {} if known is None else known
     sources = {m: file_key(p) for m, p in sorted(code_closure(step.code).items())}
-    folders = {name: models_dir() if name == "models" else data_dir(name) for name in step.reads}
+    for name in step.reads:
+        if name not in known: known[name] = fingerprint(models_dir() if name == "models" else data_dir(name))
     libraries = {k: v for k, v in package_versions().items() if k != "hyperface"}
     return dict(notebook=content_key(step.code), parameters=content_key(parameters, asdict(load_profile(parameters["profile"]))), code=content_key(sources),
-                data=content_key({n: fingerprint(f) for n, f in folders.items()}), upstream=content_key(upstream), versions=content_key(libraries))
+                data=content_key({n: known[n] for n in step.reads}), upstream=content_key(upstream), versions=content_key(libraries))
 
-# %% ../nbs/90_pipeline.ipynb #de4597c1
+# %% ../nbs/90_pipeline.ipynb #6f160e6f
 def _sidecar(out:Path, name:str) -> Path: return out/"steps"/f"{name}.json"
 
 def _last(out:Path, name:str) -> dict:
@@ -156,10 +161,10 @@ def stale_because(out:Path, step:Step, key:dict) -> str: # "" if fresh
 
 def freshness(steps:dict[str, Step], names:list[str], out:Path, parameters:dict, rerun:set=frozenset()) -> tuple[dict, dict]:
     "For each step its key parts and the reason to run it ('' if none); a step after a stale one is stale."
-    keys, why, joined = {}, {}, {}
+    keys, why, joined, known = {}, {}, {}, {}
     for name in names:
         step = steps[name]
-        keys[name] = step_key(step, parameters, {n: joined[n] for n in step.needs})
+        keys[name] = step_key(step, parameters, {n: joined[n] for n in step.needs}, known)
         joined[name] = content_key(keys[name])
         before = [n for n in step.needs if why[n]]
         why[name] = "forced" if name in rerun else stale_because(out, step, keys[name]) or (f"after {', '.join(before)}" if before else "")
