@@ -89,7 +89,7 @@ def notebook_html(path:str|Path # an executed .ipynb
     extra = "<style>.jp-Cell{margin:.8rem 0}.jp-OutputArea-output img{max-width:100%;height:auto}.jp-RenderedHTMLCommon table{width:auto}.anchor-link{display:none}.ansi-red-fg{color:#b34700}</style>"
     return write_text(Path(path).with_suffix(".html"), page_html(Path(path).stem, extra + '<p class="soft"><a href="../index.html">Back to the report</a></p>' + _equations(body)))
 
-# %% ../../nbs/84_page.ipynb #03a067db
+# %% ../../nbs/84_page.ipynb #e72f33e6
 def _time(seconds) -> str:
     return "–" if seconds is None else f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds)//60} min {int(seconds) % 60} s"
 
@@ -126,7 +126,8 @@ def build_page(out:str|Path # a report folder with run.json
         title = html.escape(step.get("title", name))
         if not records and step.get("status") in (None, "done"): continue
         side += [f'<li><a href="#{name}">{title}</a></li>']
-        links = f'<a href="notebooks/{name}.html">executed notebook</a> (<a href="notebooks/{name}.ipynb">.ipynb</a>)' if (out/"notebooks"/f"{name}.html").exists() else "no notebook"
+        there = [f'<a href="notebooks/{name}.{kind}">executed notebook{what}</a>' for kind, what in (("html", ""), ("ipynb", " (.ipynb)")) if (out/"notebooks"/f"{name}.{kind}").exists()]
+        links = ", ".join(there) or "no notebook"
         error = f'<pre>{html.escape(step["error"])}</pre>' if step.get("error") else ""
         body.append(f'<h2 id="{name}">{title}</h2><p class="soft"><code>{name}</code> · {_chip(step.get("status") or "never run")} · {_time(step.get("seconds"))} · {links}</p>{error}' + "\n".join(result_html(r, out) for r in records))
     everything = [r for records in by_step.values() for r in records]
