@@ -386,7 +386,7 @@ def population(seed, people=25, per=6, dim=16):
 
 
 def test_the_identity_bootstrap_covers_and_the_pair_interval_does_not():
-    truth = float(np.mean([V.auc(*population(seed)[:2]) for seed in range(1000, 1100)]))
+    truth = float(np.mean([V.auc(*population(seed)[:2]) for seed in range(1000, 1080)]))
     covered, naive = [], []
     for seed in range(50):
         s, y, p, q = population(seed)
@@ -408,7 +408,7 @@ def test_bootstrap_weights_are_what_drawing_people_means():
     assert np.array_equal(one, two) and not np.array_equal(one, list(V.identity_weights(p, q, 3, seed=6)))
 
 
-def trials(seed, people=24, per=4, less=0., dim=16):
+def trials(seed, people=40, per=2, less=0., dim=16):
     "All pairs of one sample of people as two systems score them; the second has `less` noise, and noise of its own."
     g, who = rng(seed, "trials"), np.repeat(np.arange(people), per)
     centre = g.standard_normal((people, dim)); centre /= np.linalg.norm(centre, axis=1, keepdims=True)
@@ -437,17 +437,18 @@ def test_paired_bootstrap_is_the_difference_under_the_same_people():
 
 @pytest.mark.parametrize("less", [0., .15])
 def test_the_paired_interval_covers_the_true_difference_and_is_the_narrower(less):
-    truth = np.mean([V.auc(s[1], s[2]) - V.auc(s[0], s[2]) for s in (trials(k, less=less) for k in range(1000, 1100))])
+    truth = np.mean([V.auc(s[1], s[2]) - V.auc(s[0], s[2]) for s in (trials(k, less=less) for k in range(1000, 1080))])
     covered, narrower, found = [], [], []
-    for k in range(60):
+    for k in range(50):
         a, b, y, p, q = trials(k, less=less)
         gain = V.paired_bootstrap(b, a, y, p, q, V.auc, n=60, level=.9)
         covered.append(gain.low <= truth <= gain.high); found.append(gain.low > 0 or gain.high < 0)
+        if k >= 10: continue
         apart = [V.identity_bootstrap(s, y, p, q, V.auc, n=60, seed=i) for i, s in enumerate((a, b))]       # other people for each
         narrower.append(gain.samples.std()/(apart[1].samples - apart[0].samples).std())
-    assert 45 <= sum(covered) <= 60, sum(covered)                                         # binomial: 54 +- 2.3 if 90 % is meant
+    assert 40 <= sum(covered) <= 50, sum(covered)                                         # binomial: 45 +- 2.1 if 90 % is meant
     assert np.median(narrower) < .85
-    assert (sum(found) > 40) if less else (sum(found) < 15)                               # a real gain is seen; none is not invented
+    assert (sum(found) > 30) if less else (sum(found) < 11)                               # a real gain is seen; none is not invented
 
 
 def test_fold_margins_decide_as_the_folds_do():
