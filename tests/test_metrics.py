@@ -386,7 +386,7 @@ def population(seed, people=25, per=6, dim=16):
 
 
 def test_the_identity_bootstrap_covers_and_the_pair_interval_does_not():
-    truth = float(np.mean([V.auc(*population(seed)[:2]) for seed in range(1000, 1200)]))
+    truth = float(np.mean([V.auc(*population(seed)[:2]) for seed in range(1000, 1080)]))
     covered, naive = [], []
     for seed in range(50):
         s, y, p, q = population(seed)
@@ -408,12 +408,67 @@ def test_bootstrap_weights_are_what_drawing_people_means():
     assert np.array_equal(one, two) and not np.array_equal(one, list(V.identity_weights(p, q, 3, seed=6)))
 
 
+def trials(seed, people=40, per=2, less=0., dim=16):
+    "All pairs of one sample of people as two systems score them; the second has `less` noise, and noise of its own."
+    g, who = rng(seed, "trials"), np.repeat(np.arange(people), per)
+    centre = g.standard_normal((people, dim)); centre /= np.linalg.norm(centre, axis=1, keepdims=True)
+    shared, own = g.standard_normal((2, len(who), dim))
+    loud = g.uniform(.2, .6, people)[who, None]
+    i, j = np.triu_indices(len(who), 1)
+    seen = [centre[who] + loud*shared, centre[who] + loud*(1 - less)*(.9*shared + .436*own)]
+    return *(V.pair_scores(x[i], x[j]) for x in seen), who[i] == who[j], who[i], who[j]
+
+
+def test_paired_bootstrap_is_the_difference_under_the_same_people():
+    a, b, y, p, q = trials(0)
+    gain = V.paired_bootstrap([b, a, b], [a, a], y, p, q, V.auc, n=25, seed=4)
+    auc = lambda s, w: float((np.outer(w[y], w[~y])*((s[y][:, None] > s[~y]) + .5*(s[y][:, None] == s[~y]))).sum()/(w[y].sum()*w[~y].sum())) # Mann and Whitney's count
+    expected = [np.mean([auc(s, w) for s in (b, a, b)]) - auc(a, w) for w in V.identity_weights(p, q, 25, seed=4)]
+    assert np.allclose(gain.samples, expected, atol=1e-12)
+    assert np.allclose([gain.low, gain.high], np.quantile(expected, [.025, .975]), atol=1e-12)
+    assert float(gain) == pytest.approx(2/3*(V.auc(b, y) - V.auc(a, y)), abs=1e-12) and gain.by_seed is None     # not seed by seed: three against two
+    one, other = (V.paired_bootstrap(*x, y, p, q, n=25) for x in ((a, b), (b, a)))
+    assert np.array_equal(one.samples, -other.samples) and (one.low, one.high) == pytest.approx((-other.high, -other.low))
+    runs = V.paired_bootstrap([a, b], [b, b], y, p, q, n=25)
+    assert runs.by_seed == pytest.approx([float(one), 0]) and np.allclose(runs.samples, one.samples/2)
+    none = V.paired_bootstrap(a, a, y, p, q, n=25)
+    assert (float(none), none.low, none.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("less", [0., .15])
+def test_the_paired_interval_covers_the_true_difference_and_is_the_narrower(less):
+    truth = np.mean([V.auc(s[1], s[2]) - V.auc(s[0], s[2]) for s in (trials(k, less=less) for k in range(1000, 1080))])
+    covered, narrower, found = [], [], []
+    for k in range(50):
+        a, b, y, p, q = trials(k, less=less)
+        gain = V.paired_bootstrap(b, a, y, p, q, V.auc, n=60, level=.9)
+        covered.append(gain.low <= truth <= gain.high); found.append(gain.low > 0 or gain.high < 0)
+        if k >= 10: continue
+        apart = [V.identity_bootstrap(s, y, p, q, V.auc, n=60, seed=i) for i, s in enumerate((a, b))]       # other people for each
+        narrower.append(gain.samples.std()/(apart[1].samples - apart[0].samples).std())
+    assert 40 <= sum(covered) <= 50, sum(covered)                                         # binomial: 45 +- 2.1 if 90 % is meant
+    assert np.median(narrower) < .85
+    assert (sum(found) > 30) if less else (sum(found) < 11)                               # a real gain is seen; none is not invented
+
+
+def test_fold_margins_decide_as_the_folds_do():
+    s, y = scored(1, n=600, levels=40); fold = rng(0, "folds").integers(5, size=600)
+    found = V.kfold_accuracy(s, y, fold)
+    margin = V.fold_margins(s, y, fold)
+    assert np.array_equal(margin >= 0, s >= found.thresholds[fold])
+    assert V.accuracy_at(V.roc(margin, y)) == pytest.approx(((margin >= 0)[y].mean() + (margin < 0)[~y].mean())/2)
+    hopeless = V.fold_margins([.1, .2, .3, .4], [1, 0, 1, 0], [0, 0, 1, 1])                # on either fold the best threshold accepts nobody
+    assert np.isfinite(hopeless).all() and (hopeless < 0).all()
+
+
 def test_bootstrap_faults():
     s, y, p, q = population(0)
     for bad in (lambda: V.SortedPairs(s, y).curve(np.ones(3)), lambda: V.SortedPairs(s, y).curve(-np.ones(len(s))), lambda: V.SortedPairs(s, y).curve(np.zeros(len(s))), lambda: V.identity_bootstrap(s, ~y, p, q), lambda: V.identity_bootstrap(s[1:], y[1:], p, q), lambda: V.identity_bootstrap(s, y, p.astype(float)*np.nan, q),
                 lambda: V.identity_bootstrap([.9, .1], [1, 0], ["a", "a"], ["a", "b"], n=50)):
         with pytest.raises(DataError): bad()
     with pytest.raises(ConfigError): V.identity_bootstrap(s, y, p, q, level=95)
+    for bad in (lambda: V.paired_bootstrap(s[1:], s, y, p, q), lambda: V.paired_bootstrap(s, s[None, None], y, p, q), lambda: V.paired_bootstrap(s, s*np.nan, y, p, q), lambda: V.paired_bootstrap(s, s, y, p, q[1:]), lambda: V.paired_bootstrap(s, s, ~y, p, q), lambda: V.paired_bootstrap([], s, y, p, q)):
+        with pytest.raises(DataError): bad()
 
 
 # ---- confusion -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
 __all__ = ['pair_scores', 'check_labels', 'check_pairs', 'plot_scores', 'ROC', 'SortedPairs', 'roc', 'plot_roc', 'plot_det',
            'DET', 'det', 'Rate', 'check_fraction', 'proportion_interval', 'as_curve', 'tar_at_far', 'eer', 'auc',
            'Figure', 'FoldAccuracy', 'fold_numbers', 'kfold_accuracy', 'val_at_far', 'StreamingROC', 'load_streaming',
-           'all_pairs', 'identity_weights', 'identity_bootstrap', 'heldout_rates', 'VerificationReport']
+           'all_pairs', 'identity_weights', 'identity_bootstrap', 'accuracy_at', 'fold_margins', 'paired_bootstrap',
+           'heldout_rates', 'VerificationReport']
 
 # %% ../../nbs/40_verification.ipynb #9bd795b5
 import warnings
@@ -602,7 +603,7 @@ def all_pairs(embeddings,        # (N, D), any length: normalised here
             into.add(s[s > -5] if i == j else s, False)
     return into
 
-# %% ../../nbs/40_verification.ipynb #a99c660d
+# %% ../../nbs/40_verification.ipynb #8c48c75b
 def identity_weights(id_a,     # (N,) identity of the first side of each pair
                      id_b,     # (N,) of the second side
                      n:int,    # replicates
@@ -616,7 +617,37 @@ def identity_weights(id_a,     # (N,) identity of the first side of each pair
         drawn = np.bincount(rng(seed, "bootstrap over identities", k).integers(len(names), size=len(names)), minlength=len(names)).astype(np.float64)
         yield np.where(a == b, drawn[a], drawn[a]*drawn[b])
 
-def identity_bootstrap(scores,           # (N,) numbers, higher = more alike
+def _replicates(systems, labels, id_a, id_b, statistic, n:int, level:float, seed:int) -> tuple:
+    "The statistic of each system (S,) on all pairs, and under up to n draws of the identities (n', S): one draw for all systems."
+    check_fraction("level", level, inside=True)
+    if n < 2: raise ConfigError("n must be at least 2 draws", n)
+    pairs = [SortedPairs(s, labels) for s in systems]
+    for name, who in (("id_a", id_a), ("id_b", id_b)):
+        if len(np.asarray(who)) != len(pairs[0].order): raise DataError(f"scores and {name} differ in length", (len(pairs[0].order), len(np.asarray(who))))
+    wrong = (np.asarray(id_a) == np.asarray(id_b)) != check_labels(labels)
+    if wrong.any(): raise DataError(f"{wrong.sum()} labels contradict the identities; the first is pair {wrong.argmax()}", None, "Genuine means the same identity on both sides")
+    people = len(np.unique(np.concatenate([np.asarray(id_a), np.asarray(id_b)]).astype(str)))
+    if people < 5: raise DataError("Too few identities to say how a figure varies with them", people, "Give five at the very least; thirty make sense")
+    values, samples = [statistic(p.curve()) for p in pairs], []
+    for w in progress(identity_weights(id_a, id_b, n, seed), "bootstrap over identities", total=n):
+        try: samples.append([float(statistic(p.curve(w))) for p in pairs])
+        except DataError: pass                                            # a draw without genuine or impostor pairs
+    if len(samples) < n/2: raise DataError("Most draws of identities hold no genuine or no impostor pair", len(samples), "Give pairs of more people")
+    return values, np.array(samples)
+
+def _bootstrapped(value, samples, n:int, level:float, kind:str, threshold=np.nan, **more) -> Rate:
+    "A value with the percentile interval of its samples."
+    low, high = np.quantile(samples, [(1 - level)/2, (1 + level)/2])
+    note = "" if len(samples) == n else f"{n - len(samples)} of {n} draws had one class only"
+    return Rate(value, threshold, low, high, f"{level:.0%} {kind}", note, samples=samples, **more)
+
+def _runs(scores, name:str) -> list:
+    "The rows of scores of one system: (N,) is one training of it, (R, N) are R."
+    s = _array(scores)
+    if s.ndim not in (1, 2) or not s.size: raise DataError(f"{name} must be (N,) scores, or (R, N) of R trainings of the system", s.shape)
+    return list(np.atleast_2d(s))
+
+def identity_bootstrap(scores,           # (N,) numbers, higher = more alike; (R, N): the mean over R trainings of one system
                        labels,           # (N,) true = genuine
                        id_a,             # (N,) identity on one side of each pair
                        id_b,             # (N,) identity on the other side
@@ -626,22 +657,43 @@ def identity_bootstrap(scores,           # (N,) numbers, higher = more alike
                        seed:int=0,       # of the draws
                        ) -> Rate:        # the value on all pairs, percentile interval, `.samples` (n,)
     "A figure with an interval that says how it varies with the people in the sample, not with the pairs."
-    check_fraction("level", level, inside=True)
-    if n < 2: raise ConfigError("n must be at least 2 draws", n)
-    pairs = SortedPairs(scores, labels)
-    if len(np.asarray(id_a)) != len(pairs.order): raise DataError("scores and id_a differ in length", (len(pairs.order), len(np.asarray(id_a))))
-    wrong = (np.asarray(id_a) == np.asarray(id_b)) != check_labels(labels)
-    if wrong.any(): raise DataError(f"{wrong.sum()} labels contradict the identities; the first is pair {wrong.argmax()}", None, "Genuine means the same identity on both sides")
-    people = len(np.unique(np.concatenate([np.asarray(id_a), np.asarray(id_b)]).astype(str)))
-    if people < 5: raise DataError("Too few identities to say how a figure varies with them", people, "Give five at the very least; thirty make sense")
-    value, samples = statistic(pairs.curve()), []
-    for w in progress(identity_weights(id_a, id_b, n, seed), "bootstrap over identities", total=n):
-        try: samples.append(float(statistic(pairs.curve(w))))
-        except DataError: pass                                            # a draw without genuine or impostor pairs
-    if len(samples) < n/2: raise DataError("Most draws of identities hold no genuine or no impostor pair", len(samples), "Give pairs of more people")
-    low, high = np.quantile(samples, [(1 - level)/2, (1 + level)/2])
-    note = "" if len(samples) == n else f"{n - len(samples)} of {n} draws had one class only"
-    return Rate(value, getattr(value, "threshold", np.nan), low, high, f"{level:.0%} bootstrap over identities", note, samples=np.array(samples))
+    values, samples = _replicates(_runs(scores, "scores"), labels, id_a, id_b, statistic, n, level, seed)
+    value, threshold = (values[0], getattr(values[0], "threshold", np.nan)) if len(values) == 1 else (np.mean(np.float64(values)), np.nan)
+    return _bootstrapped(value, samples.mean(1), n, level, "bootstrap over identities", threshold)
+
+# %% ../../nbs/40_verification.ipynb #37969521
+def accuracy_at(curve,          # what `roc` returns
+                threshold:float=0., # a pair is accepted when score >= threshold
+                ) -> float:     # (TAR + 1 - FAR)/2
+    "Accuracy with both classes counted alike: the share of right decisions on as many impostor as genuine pairs."
+    at = curve.at(threshold)
+    return (at["tar"] + 1 - at["far"])/2
+
+def fold_margins(scores,   # (N,) scores, in the order of the protocol's file
+                 labels,   # (N,) true = genuine
+                 folds=10, # number of contiguous folds, or (N,) fold of each pair
+                 ) -> np.ndarray: # (N,) at least 0: accepted
+    "Scores less the threshold that `kfold_accuracy` chose for their fold on the others."
+    s, _ = check_pairs(scores, labels)
+    far = np.finfo(np.float64).max                                        # a threshold of infinity accepts nobody
+    return np.clip(s - kfold_accuracy(scores, labels, folds).thresholds[fold_numbers(folds, len(s))], -far, far)
+
+def paired_bootstrap(new,           # (N,) scores of one system, or (R, N) of R trainings of it
+                     old,           # (N,) or (R', N) scores of the other on the same pairs
+                     labels,        # (N,) true = genuine
+                     id_a,          # (N,) identity on one side of each pair
+                     id_b,          # (N,) identity on the other side
+                     statistic=eer, # from a curve to a number: eer, or `accuracy_at` for scores from `fold_margins`
+                     n:int=500,     # replicates
+                     level:float=.95, # coverage
+                     seed:int=0,    # of the draws
+                     ) -> Rate:     # statistic(new) - statistic(old), means over trainings; `.samples`, `.by_seed` (R,) where R = R'
+    "The difference of two systems with an interval over people: both meet the same draws of identities."
+    a, b = _runs(new, "new"), _runs(old, "old")
+    values, samples = _replicates(a + b, labels, id_a, id_b, statistic, n, level, seed)
+    k, values = len(a), np.float64(values)
+    return _bootstrapped(values[:k].mean() - values[k:].mean(), samples[:, :k].mean(1) - samples[:, k:].mean(1), n, level, "paired bootstrap over identities",
+                         by_seed=values[:k] - values[k:] if k == len(b) else None)
 
 # %% ../../nbs/40_verification.ipynb #4053536b
 def heldout_rates(scores,         # (N,) numbers, higher = more alike
