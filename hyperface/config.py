@@ -57,7 +57,7 @@ def from_yaml(kind, path:str|Path):
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path} is not plain YAML: {e}") from e
     return from_dict(kind, values or {}, "")
 
-# %% ../nbs/01_config.ipynb #5e3b5ae4
+# %% ../nbs/01_config.ipynb #5512d366
 @dataclass(frozen=True)
 class Profile:
     "How much of everything a run does."
@@ -100,9 +100,9 @@ PROFILES = {p.name: p for p in (
             gan_kimg=.32, gan_images=(40, 80), gan_continue=.032, gan_eval=60, gan_scratch=.16, judge_identities=40, judge_epochs=1),
     Profile("quick"),
     Profile("real", photo_epochs=.8),
-    Profile("study", seeds=3, rendered_identities=1_000, rendered_per_identity=20, linear_identities=1_000, packing_steps=140, published_steps=60, gallery=5_000,
-            attribute_images=2_900, bootstrap=2_000, train_recipe="cpu_study", train_identities=500, test_identities=100, test_pairs=10_000, stability_steps=150,
-            gan_kimg=24., gan_continue=4., gan_eval=5_000, judge_identities=3_000, judge_epochs=12),
+    Profile("study", seeds=3, rendered_identities=400, rendered_per_identity=12, linear_identities=500, packing_steps=100, published_steps=40, gallery=3_000,
+            attribute_images=1_500, bootstrap=1_000, train_identities=240, test_identities=100, test_pairs=10_000, stability_steps=100,
+            gan_kimg=6., gan_continue=1., gan_eval=3_000, judge_identities=2_000, judge_epochs=8),
     Profile("full", seeds=3, rendered_identities=10_000, rendered_per_identity=50, linear_identities=2_000, packing_steps=450, published_steps=2_000, gallery=10_000,
             attribute_images=13_000, bootstrap=10_000, train_recipe="vec2face", train_identities=10_000, train_per_identity=50, test_identities=1_000, test_per_identity=20, test_pairs=10_000, stability_steps=2_000,
             gan_kimg=25_000., gan_continue=1_000., gan_eval=50_000, gan_scratch=5_000., judge_identities=10_000, judge_epochs=20, photo_epochs=100.))}

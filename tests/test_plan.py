@@ -42,8 +42,8 @@ def test_every_count_is_of_a_page_that_exists_and_depends_only_on_sizes_it_reads
 def test_counts_of_the_heads_restated():
     p = PROFILES["study"]
     rendered, shown = WORK["e5_heads"](p)
-    assert shown.amount == 4*3*12*500*16 and shown.size == 40                # heads, seeds, epochs, people, pictures
-    assert rendered.amount == (500 + 50)*16 + 2*100*15
+    assert shown.amount == 4*3*6*240*16 and shown.size == 40                # heads, seeds, epochs, people, pictures
+    assert rendered.amount == (240 + 24)*16 + 2*100*15
 
 
 def test_operations_are_those_of_the_layers():

@@ -202,7 +202,8 @@ def data_needs(steps:dict # name -> step of the pipeline (`reads`, `code`)
         rows.append({"what": what, "kind": kind, "there": there, "wanted by": ", ".join(pages), "remedy": remedy})
     return pd.DataFrame(rows, columns=["what", "kind", "there", "wanted by", "remedy"])
 
-# %% ../../nbs/86_plan.ipynb #e456f52d
+# %% ../../nbs/86_plan.ipynb #a87c1e72
+@functools.cache
 def training_bytes(model:str, # a recipe
                    classes:int, # people
                    ) -> float:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'RESULT_COLUMNS', 'Value', 'to_markdown', 'to_latex', 'to_csv', 'run_threads', 'Run', 'save', 'read',
-           'has', 'Shown', 'leading_keys', 'table', 'figure', 'done', 'read_records', 'results_frame']
+           'has', 'Shown', 'leading_keys', 'table', 'figure', 'done', 'read_records', 'results_frame', 'quote']
 
-# %% ../../nbs/80_results.ipynb #491d0abe
-import math, os, subprocess, sys
+# %% ../../nbs/80_results.ipynb #feeb830c
+import difflib, math, os, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -272,3 +272,17 @@ def results_frame(out:str|Path # a report folder
                 if column in beside or pd.isna(value := pd.to_numeric(line[column], errors="coerce")): continue
                 rows.append(dict(table=r["name"], row=name, column=column, value=float(value), **{k: line.get(f"{column} {k}") for k in ("low", "high", "n")}, **origin))
     return pd.DataFrame(rows, columns=list(RESULT_COLUMNS)).astype({c: float for c in ("value", "low", "high", "n")})
+
+# %% ../../nbs/80_results.ipynb #724e4a75
+def quote(results:pd.DataFrame, # as `results_frame` gives it
+          table:str, row:str, column:str, # names of one number
+          digits:int=1, # after the point
+          ) -> str: # "99.6 [99.5, 99.8]", or without brackets where there is no interval
+    "One number of a run as text for prose."
+    found = results[(results.table == table) & (results.row == row) & (results.column == column)]
+    if len(found) != 1:
+        rows = results[results.table == table]
+        near = difflib.get_close_matches(f"{row} / {column}", [f"{r} / {c}" for r, c in zip(rows.row, rows.column)], 1)
+        raise ConfigError("The results have no such number", f"{table} / {row} / {column}", f"Did you mean {near[0]}?" if near else f"Tables: {', '.join(sorted(results.table.unique())) or 'none'}")
+    r = found.iloc[0]
+    return f"{r.value:,.{digits}f}" + (f" [{r.low:,.{digits}f}, {r.high:,.{digits}f}]" if pd.notna(r.low) and pd.notna(r.high) else "")
