@@ -37,7 +37,7 @@ class MissingWeights(HyperfaceError, FileNotFoundError):
 class ConfigError(HyperfaceError, ValueError):
     "A parameter, a profile or a command makes no sense."
 
-# %% ../nbs/00_core.ipynb #c65ed01f
+# %% ../nbs/00_core.ipynb #4028baa1
 def project_root() -> Path:
     "The repository this package was installed from (editable), or else the current folder."
     root = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
@@ -53,11 +53,12 @@ def _folder(variable:str) -> Path|None:
     if not path.is_dir(): raise ConfigError(f"{variable} names a folder that does not exist", value, f"Unset it or correct it")
     return path.resolve()
 
-def data_dir(name:str|None=None, # folder of one data set, such as "lfw"
+def data_dir(name:str|None=None, # folder of one data set, such as "lfw", or a file that is one, such as "cfp_fp.bin"
              ) -> Path|None:     # None where the variable is unset or holds no such set
-    "The folder `HYPERFACE_DATA`, or one data set in it."
+    "The folder `HYPERFACE_DATA`, or one data set in it; a file may also lie in one of its folders."
     root = _folder("HYPERFACE_DATA")
     if root is None or name is None: return root
+    if name.endswith(".bin"): return next((p for p in (root/name, *sorted(root.glob(f"*/{name}"))) if p.is_file()), None)
     return root/name if (root/name).is_dir() else None
 
 def models_dir() -> Path|None:

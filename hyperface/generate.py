@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FINAL', 'START', 'CONTAINERS', 'rendered_person', 'RenderedFaces', 'call_generator', 'expected_dim', 'weights_key',
-           'load_generator_by_name', 'Recipe', 'Job', 'make_pictures', 'judged_pictures', 'write_shard', 'place_shard',
-           'Locks', 'run_shards', 'rounds_of', 'torn_shards', 'find_twins', 'redraw_twins', 'decide', 'carry_out',
-           'write_containers', 'Generated', 'as_json', 'generate_dataset', 'check_dataset']
+           'load_generator_by_name', 'plan_records', 'Recipe', 'Job', 'make_pictures', 'judged_pictures', 'write_shard',
+           'place_shard', 'Locks', 'run_shards', 'rounds_of', 'torn_shards', 'find_twins', 'redraw_twins', 'decide',
+           'carry_out', 'write_containers', 'Generated', 'as_json', 'generate_dataset', 'check_dataset']
 
 # %% ../nbs/65_generate.ipynb #6774e7b8
 import contextlib, dataclasses, json, os, shutil, threading, time, zlib
@@ -126,6 +126,21 @@ def load_generator_by_name(name:str,     # rendered, stylegan2, vec2face or arc2
         from hyperface.arc2face import load_arc2face
         return load_arc2face(weights, device=device, **options)
     raise ConfigError("There is no such generator", name, "One of rendered, stylegan2, vec2face, arc2face")
+
+# %% ../nbs/65_generate.ipynb #c3223222
+def plan_records(generator,          # a FaceGenerator
+                 plan:SamplingPlan,
+                 people:IdentitySet, # identity vectors
+                 per_identity:int|None=None, # pictures of each; None takes the plan's
+                 name:str="generated",
+                 ) -> Records:       # person after person, with the angle to the person's vector
+    "Pictures of a plan, kept in memory and judged by nobody."
+    n = plan.per_identity if per_identity is None else per_identity
+    _refuse(per_identity=(n, n >= 1, "be at least 1"))
+    planned = plan_pictures(plan, people, np.repeat(np.arange(len(people)), n), np.tile(np.arange(n), len(people)))
+    streams = [torch_rng(plan.seed, "picture", j, i, 0, 0) for j, i in zip(planned.table["identity"], planned.table["draw"])]
+    who = people.names[planned.table["identity"]]
+    return Records.from_arrays(call_generator(generator, planned.vectors, streams), name, identity=[f"{name}-{w}" for w in who], angle_deg=planned.table["angle_deg"].to_numpy(float))
 
 # %% ../nbs/65_generate.ipynb #f98976c5
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def choose(steps:dict[str, Step], only:list[str]|None) -> tuple[list[str], list[
     for name in asked: add(name)
     return [n for n in steps if n in wanted], [n for n in steps if n in asked]
 
-# %% ../nbs/90_pipeline.ipynb #e9491644
+# %% ../nbs/90_pipeline.ipynb #41280564
 @functools.cache
 def _imports(source:str, package:str) -> frozenset[str]:
     "Modules of `hyperface` that a piece of code imports anywhere in it; `package` resolves relative imports."
@@ -120,6 +120,7 @@ def fingerprint(folder:Path|None, most:int=50_000 # entries looked at; beyond th
                 ) -> str:
     "What a data folder holds, by relative names, sizes and times; '' where there is none."
     if folder is None: return ""
+    if folder.is_file(): return content_key(folder.name, folder.stat().st_size, folder.stat().st_mtime_ns)
     seen, count = [], 0
     for base, folders, files in os.walk(folder, followlinks=True):
         folders.sort()

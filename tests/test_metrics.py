@@ -681,3 +681,26 @@ def test_lfw_600_pairs():
     s = V.pair_scores(embeddings[code[:, 0]], embeddings[code[:, 1]])
     lfw, insight = V.kfold_accuracy(s, same), V.kfold_accuracy(s, same, protocol="insightface")
     assert abs(lfw - .9983) < .0035 and abs(insight - .9983) < .0035 and V.auc(s, same) > .998
+
+
+def test_the_paired_change_is_the_mean_over_trainings_under_the_same_draws():
+    r = np.random.default_rng(5)
+    p, q = r.integers(40, size=(2, 3000)); y = p == q; y[:600] = True; q = np.where(y, p, q)
+    g, h = p % 2, q % 2
+    base = y*1. + r.normal(size=(3, len(y)))*.6
+    judge = lambda s: F.fairness(s, y, g, h, far=.05, id_a=p, id_b=q, n=30, seed=2)
+    before, after = [judge(s) for s in base[:2]], [judge(base[2])]
+    found = F.paired_fairness(before, after)
+    weights = list(V.identity_weights(p, q, 30, 2))
+    def rate(s, w):
+        t = V.tar_at_far(V.SortedPairs(s, y).curve(w), far=.05, interval=None).threshold
+        inside = y & (g == 1)
+        return (w*(inside & (s < t))).sum()/(w*inside).sum()
+    each = np.array([rate(base[2], w) - (rate(base[0], w) + rate(base[1], w))/2 for w in weights])
+    row = found.loc[("FNMR", "1")]
+    assert [row.low, row.high] == pytest.approx(np.quantile(each, [.025, .975]))
+    assert row.change == pytest.approx(rate(base[2], np.ones(len(y))) - np.mean([rate(s, np.ones(len(y))) for s in base[:2]]))
+    same = F.paired_fairness(before, before)
+    assert (same[["change", "low", "high"]].dropna() == 0).all(None)
+    for bad in (F.fairness(base[0], y, h, g, far=.05, id_a=p, id_b=q, n=30, seed=3), F.fairness(base[0][::-1], y[::-1], g[::-1], h[::-1], far=.05, id_a=p[::-1], id_b=q[::-1], n=30, seed=2)):
+        with pytest.raises(DataError, match="other pairs"): F.paired_fairness(before, bad)

@@ -89,7 +89,7 @@ def notebook_html(path:str|Path # an executed .ipynb
     extra = "<style>.jp-Cell{margin:.8rem 0}.jp-OutputArea-output img{max-width:100%;height:auto}.jp-RenderedHTMLCommon table{width:auto}.anchor-link{display:none}.ansi-red-fg{color:#b34700}</style>"
     return write_text(Path(path).with_suffix(".html"), page_html(Path(path).stem, extra + '<p class="soft"><a href="../index.html">Back to the report</a></p>' + _equations(body)))
 
-# %% ../../nbs/84_page.ipynb #e72f33e6
+# %% ../../nbs/84_page.ipynb #40961ddf
 def _time(seconds) -> str:
     return "–" if seconds is None else f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds)//60} min {int(seconds) % 60} s"
 
@@ -107,8 +107,8 @@ def _header(run:dict, records:list[dict]) -> str:
             f'{", ".join(f"{k} {v}" for k, v in origin["versions"].items() if k in ("numpy", "torch", "scikit-learn", "onnxruntime", "insightface"))} · {origin["time"]}<br>Real data: {html.escape(data)}</p>')
 
 def _order(name:str) -> tuple:
-    "Tables and figures of the papers first, then further results, then experiments, then the audit."
-    return ({"t": 0, "f": 0, "v": 1, "r": 2, "e": 3, "a": 4}.get(name[:1], 5), int(re.sub(r"\D", "", name.split("_")[0]) or 0), name)
+    "Tables and figures of the papers first (HyperFace's benchmark between the other two), then further results, then fairness, then experiments, then the audit."
+    return ({"t": 0, "f": 0, "h": 1, "v": 2, "r": 3, "j": 4, "e": 5, "a": 6}.get(name[:1], 7), int(re.sub(r"\D", "", name.split("_")[0]) or 0), name)
 
 def build_page(out:str|Path # a report folder with run.json
                ) -> Path:   # index.html
