@@ -46,6 +46,13 @@ def test_counts_of_the_heads_restated():
     assert rendered.amount == (240 + 24)*16 + 2*100*15
 
 
+def test_counts_of_the_additions_restated():
+    rendered, shown = WORK["e13_additions"](PROFILES["quick"])
+    assert shown.amount == 9*1*4*80*16 and shown.size == 40                 # rows, seeds, passes, people, pictures: 80 steps of 64 a row
+    assert WORK["e13_additions"](PROFILES["study"])[1].amount == 9*3*6*120*16
+    assert rendered.amount == (200 + 20)*16 + 60*15
+
+
 def test_operations_are_those_of_the_layers():
     import torch
     from torch import nn

@@ -22,7 +22,7 @@ from hyperface.stylegan2.conditions import Categorical, ConditionSchema, Continu
 from hyperface.stylegan2.losses import ConditionReader, PathLength, condition_loss, d_loss, g_loss, lazy_adam, mix_styles, r1_penalty
 from hyperface.stylegan2.networks import ARCHITECTURES, Discriminator, Generator, MappingNetwork, MinibatchStdLayer, SynthesisNetwork
 from hyperface.stylegan2.ops import bias_act, conv2d_resample, downsample2d, filter2d, modulated_conv2d, setup_filter, upfirdn2d, upsample2d
-from hyperface.stylegan2.sample import StyleGAN2Faces, balanced_conditions, generate, generate_records, load_generator, shipped_generators
+from hyperface.stylegan2.sample import StyleGAN2Faces, balanced_conditions, generate, generate_people, generate_records, load_generator, shipped_generators
 from hyperface.stylegan2.train import PRESETS, GANData, GANTrainer, build_networks, gan_config, stream_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -429,6 +429,23 @@ def test_save_and_load_refuse_what_does_not_fit(tmp_path):
     with pytest.raises(DataError, match="not finite"):
         G.save_pretrained(tmp_path / "h")
     assert not (tmp_path / "h" / "model.safetensors").exists()
+
+
+def test_people_keep_their_conditions_and_do_not_depend_on_one_another():
+    import pandas as pd
+    torch.manual_seed(0)
+    schema = ConditionSchema([Categorical("gender", ("female", "male")), Continuous("age", 0, 100, knots=4)])
+    model = Generator(8, schema.c_dim, 16, 16, 3, dict(num_layers=2), dict(channel_base=256, channel_max=16)).eval(), schema
+    asked = pd.DataFrame(dict(gender=["male", "female", "male"], age=[2., 50., 99.]))
+    made = generate_people(model, asked, per_identity=4, seed=3, years=5)
+    assert made.table.gender.tolist() == ["male"]*4 + ["female"]*4 + ["male"]*4 and made.codes.tolist() == [0]*4 + [1]*4 + [2]*4
+    assert made.table.age.between(0, 100).all() and made.table.age.nunique() > 6
+    alone = generate_people(model, asked[:1], per_identity=4, seed=3, years=5, batch=3)
+    assert np.abs(alone.images() - made.images()[:4]).max() <= 2/255 + 1e-6 and alone.table.age.tolist() == made.table.age.tolist()[:4]
+    for bad in (dict(per_identity=0), dict(years=-1), dict(shift=float("nan"))):
+        with pytest.raises(ConfigError): generate_people(model, asked, **bad)
+    with pytest.raises(DataError, match="No people"): generate_people(model, asked[:0])
+    with pytest.raises(ConfigError, match="no condition schema"): generate_people((model[0], None), asked)
 
 
 def test_generate_by_condition():

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAIR', 'gap', 'ratio', 'gini', 'fdr', 'inequity_rate', 'garbe', 'ser', 'jeffreys', 'Fairness', 'fairness',
-           'plot_group_det', 'plot_cross', 'plot_gaps', 'chance_level', 'rfw_table']
+           'plot_group_det', 'plot_cross', 'plot_gaps', 'chance_level', 'rates_over_people', 'paired_fairness',
+           'rfw_table']
 
 # %% ../../nbs/42_fairness.ipynb #32f70130
 import math
@@ -84,7 +85,7 @@ def jeffreys(k, # errors, number or array
     "A rate drawn a little towards one half, for ratios of rare events."
     return (np.asarray(k) + .5)/(np.asarray(n) + 1)
 
-# %% ../../nbs/42_fairness.ipynb #f95a765e
+# %% ../../nbs/42_fairness.ipynb #26a43114
 def _group_codes(group_a, group_b, n:int) -> tuple:
     "Codes of both sides (-1 = missing) and the names, in their natural order (a categorical's own)."
     import pandas as pd
@@ -130,10 +131,16 @@ def _measures(genuine, rejects, impostor, accepts, alpha:float) -> dict:
             "IR smoothed": of(lambda x, y: inequity_rate(x, y, alpha), both, *smooth), "GARBE": of(lambda x, y: garbe(x, y, alpha), both, fmr, fnmr),
             "SER": of(lambda x, y: ser(1 - (x + y)/2), both, fmr, fnmr)}
 
+def _all_rates(counts, names, alpha:float) -> dict:
+    "(figure, group) -> number: FMR and FNMR of each group, and with the group "" the overall FNMR and every figure."
+    genuine, rejects, impostor, accepts = counts
+    rates = {(kind, g): float(v) for kind, k, n in (("FMR", np.diag(accepts), np.diag(impostor)), ("FNMR", rejects, genuine)) for g, v in zip(names, _divide(k, n))}
+    return rates | {("FNMR", ""): float(_divide(rejects.sum(), genuine.sum()))} | {(k, ""): v for k, v in _measures(*counts, alpha).items()}
+
 FAIR = {"FMR gap": 0., "FNMR gap": 0., "FMR ratio": 1., "FNMR ratio": 1., "FMR std": 0., "FNMR std": 0., "FMR Gini (FPD)": 0., "FNMR Gini (FND)": 0.,
         "FDR": 1., "IR": 1., "IR smoothed": 1., "GARBE": 0., "SER": 1.}   # the value that each takes when all groups are alike
 
-# %% ../../nbs/42_fairness.ipynb #b42438d7
+# %% ../../nbs/42_fairness.ipynb #f35ee4f4
 class Fairness:
     "Rates per group at one threshold, and the figures made from them."
     def __init__(self,
@@ -147,11 +154,15 @@ class Fairness:
                  note="",    # what a reader has to know
                  ):
         self.scores, self.labels, self.a, self.b, self.groups = s, y, a, b, names
-        self.threshold, self.alpha, self.note = float(threshold), alpha, note
+        self.threshold, self.alpha, self.note, self.draws, self.drawn = float(threshold), alpha, note, {}, None
         self.genuine, self.rejects, self.impostor, self.accepts = _counts(a, b, y, s >= threshold, len(names))
         self.summary = {k: Rate(v) for k, v in _measures(self.genuine, self.rejects, self.impostor, self.accepts, alpha).items()}
         self.far = float((s[~y] >= threshold).mean()) if (~y).any() else math.nan
         self.frr = float((s[y] < threshold).mean()) if y.any() else math.nan
+    @property
+    def rates(self) -> dict: # (figure, group) -> number; the group is "" where it is of all
+        "Everything that is measured, by name."
+        return _all_rates((self.genuine, self.rejects, self.impostor, self.accepts), self.groups, self.alpha)
     @property
     def table(self):
         "One row per group: pairs, FMR and FNMR with 95 % Wilson intervals (pairs as if independent), balanced accuracy."
@@ -176,7 +187,7 @@ class Fairness:
         return head + self.table.to_html(float_format="{:.5f}".format, na_rep="n.a.") + self.figures.to_html(float_format="{:.4f}".format, na_rep="n.a.")
     def __repr__(self): return f"Fairness({', '.join(self.groups)}; threshold {self.threshold:.4f}, overall FMR {self.far:.3g}, FNMR {self.frr:.3g})"
 
-# %% ../../nbs/42_fairness.ipynb #cbeb8cfc
+# %% ../../nbs/42_fairness.ipynb #4b8dc2c6
 def fairness(scores,                # (N,) numbers, higher = more alike
              labels,                # (N,) true = genuine
              group_a,               # (N,) group on one side of each pair; None or "" is missing
@@ -214,13 +225,14 @@ def _bootstrap(result:Fairness, id_a, id_b, far, n:int, seed:int, level:float=.9
     "Intervals of the figures: people drawn with replacement, the threshold chosen anew where it was chosen before."
     wrong = (id_a == id_b) != result.labels
     if wrong.any(): raise DataError(f"{wrong.sum()} labels contradict the identities; the first is pair {wrong.argmax()}")
-    pairs, draws = SortedPairs(result.scores, result.labels), []
+    pairs, draws, first = SortedPairs(result.scores, result.labels), [], result.rates
     for w in identity_weights(id_a, id_b, n, seed):
         try: t = result.threshold if far is None else tar_at_far(pairs.curve(w), far=far, interval=None).threshold
-        except DataError: continue                                        # nobody, or nobody else, was drawn
-        draws.append(_measures(*_counts(result.a, result.b, result.labels, result.scores >= t, len(result.groups), w), result.alpha))
+        except DataError: draws.append(dict.fromkeys(first, math.nan)); continue # nobody, or nobody else, was drawn
+        draws.append(_all_rates(_counts(result.a, result.b, result.labels, result.scores >= t, len(result.groups), w), result.groups, result.alpha))
+    result.draws, result.drawn = {k: np.array([d[k] for d in draws]) for k in first}, (n, seed, len(np.unique(np.concatenate([id_a, id_b]))))
     for k, value in result.summary.items():
-        x = np.array([d[k] for d in draws]); x = x[np.isfinite(x)]
+        x = result.draws[k, ""]; x = x[np.isfinite(x)]
         if len(x) < n/2: continue                                         # mostly undefined: no interval
         low, high = np.quantile(x, [(1 - level)/2, (1 + level)/2])
         result.summary[k] = Rate(value, low=low, high=high, interval=f"{level:.0%} bootstrap over identities", samples=x)
@@ -302,6 +314,44 @@ def chance_level(result:Fairness,  # what `fairness` returned for the same pairs
         if not len(x) or math.isnan(value): rows[name] = dict(value=float(value), chance=math.nan, chance_95=math.nan, p=math.nan); continue
         rows[name] = dict(value=float(value), chance=x.mean(), chance_95=np.quantile(sign*x, .95)*sign, p=(1 + (sign*x >= sign*float(value) - 1e-12).sum())/(len(x) + 1))
     return pd.DataFrame(rows).T
+
+# %% ../../nbs/42_fairness.ipynb #3fef78be
+def _pooled(results) -> dict:
+    "(figure, group) -> (mean over the trainings, mean under each draw of people)."
+    results = [results] if isinstance(results, Fairness) else list(results)
+    if not results: raise ConfigError("Give what `fairness` returned, or a list of such")
+    first, rates = results[0], [r.rates for r in results]
+    for r in results:
+        if not r.draws: raise ConfigError("A comparison over people needs their draws", None, "Call fairness with id_a and id_b")
+        same = r.groups == first.groups and r.drawn == first.drawn and all(np.array_equal(getattr(r, k), getattr(first, k)) for k in ("labels", "a", "b"))
+        if not same: raise DataError("The results are of other pairs, groups or draws", (r.drawn, first.drawn), "Give fairness the same pairs, n and seed for all of them")
+    return {k: (float(np.mean([x[k] for x in rates])), np.mean([r.draws[k] for r in results], 0)) for k in rates[0]}
+
+def _ends(samples, level:float) -> tuple: # two numbers, NaN where the figure is mostly undefined
+    x = samples[np.isfinite(samples)]
+    return tuple(np.quantile(x, [(1 - level)/2, (1 + level)/2])) if len(x) > len(samples)/2 else (math.nan, math.nan)
+
+def rates_over_people(results,          # what `fairness` returned with id_a and id_b, or a list of several trainings
+                      level:float=.95,  # coverage
+                      ):                # data frame by (figure, group): value, low, high
+    "Rates of the groups and every figure with intervals over people, the mean over trainings."
+    import pandas as pd
+    check_fraction("level", level, inside=True)
+    rows = {k: (v, *_ends(draws, level)) for k, (v, draws) in _pooled(results).items()}
+    return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=["figure", "group"]), columns=["value", "low", "high"])
+
+def paired_fairness(before,           # what `fairness` returned with id_a and id_b, or a list of several trainings
+                    after,            # the same pairs, judged by another recogniser
+                    level:float=.95,  # coverage
+                    ):                # data frame by (figure, group): before, after, change, low, high
+    "What changed from one recogniser to another, with intervals from the same draws of people for both."
+    import pandas as pd
+    check_fraction("level", level, inside=True)
+    as_list = lambda x: [x] if isinstance(x, Fairness) else list(x)
+    if as_list(before) and as_list(after): _pooled([as_list(before)[0], as_list(after)[0]])  # of the same pairs
+    one, two = _pooled(before), _pooled(after)
+    rows = {k: (one[k][0], two[k][0], two[k][0] - one[k][0], *_ends(two[k][1] - one[k][1], level)) for k in one}
+    return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=["figure", "group"]), columns=["before", "after", "change", "low", "high"])
 
 # %% ../../nbs/42_fairness.ipynb #f66ef318
 def rfw_table(scores,          # (N,) cosines, pairs of each group in the order of its protocol

@@ -89,7 +89,7 @@ def notebook_html(path:str|Path # an executed .ipynb
     extra = "<style>.jp-Cell{margin:.8rem 0}.jp-OutputArea-output img{max-width:100%;height:auto}.jp-RenderedHTMLCommon table{width:auto}.anchor-link{display:none}.ansi-red-fg{color:#b34700}</style>"
     return write_text(Path(path).with_suffix(".html"), page_html(Path(path).stem, extra + '<p class="soft"><a href="../index.html">Back to the report</a></p>' + _equations(body)))
 
-# %% ../../nbs/84_page.ipynb #87d1df51
+# %% ../../nbs/84_page.ipynb #40961ddf
 def _time(seconds) -> str:
     return "–" if seconds is None else f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds)//60} min {int(seconds) % 60} s"
 
@@ -107,8 +107,8 @@ def _header(run:dict, records:list[dict]) -> str:
             f'{", ".join(f"{k} {v}" for k, v in origin["versions"].items() if k in ("numpy", "torch", "scikit-learn", "onnxruntime", "insightface"))} · {origin["time"]}<br>Real data: {html.escape(data)}</p>')
 
 def _order(name:str) -> tuple:
-    "Tables and figures of the papers first (HyperFace's benchmark between the other two), then further results, then experiments, then the audit."
-    return ({"t": 0, "f": 0, "h": 1, "v": 2, "r": 3, "e": 4, "a": 5}.get(name[:1], 6), int(re.sub(r"\D", "", name.split("_")[0]) or 0), name)
+    "Tables and figures of the papers first (HyperFace's benchmark between the other two), then further results, then fairness, then experiments, then the audit."
+    return ({"t": 0, "f": 0, "h": 1, "v": 2, "r": 3, "j": 4, "e": 5, "a": 6}.get(name[:1], 7), int(re.sub(r"\D", "", name.split("_")[0]) or 0), name)
 
 def build_page(out:str|Path # a report folder with run.json
                ) -> Path:   # index.html
@@ -126,7 +126,8 @@ def build_page(out:str|Path # a report folder with run.json
         title = html.escape(step.get("title", name))
         if not records and step.get("status") in (None, "done"): continue
         side += [f'<li><a href="#{name}">{title}</a></li>']
-        links = f'<a href="notebooks/{name}.html">executed notebook</a> (<a href="notebooks/{name}.ipynb">.ipynb</a>)' if (out/"notebooks"/f"{name}.html").exists() else "no notebook"
+        there = [f'<a href="notebooks/{name}.{kind}">executed notebook{what}</a>' for kind, what in (("html", ""), ("ipynb", " (.ipynb)")) if (out/"notebooks"/f"{name}.{kind}").exists()]
+        links = ", ".join(there) or "no notebook"
         error = f'<pre>{html.escape(step["error"])}</pre>' if step.get("error") else ""
         body.append(f'<h2 id="{name}">{title}</h2><p class="soft"><code>{name}</code> · {_chip(step.get("status") or "never run")} · {_time(step.get("seconds"))} · {links}</p>{error}' + "\n".join(result_html(r, out) for r in records))
     everything = [r for records in by_step.values() for r in records]

@@ -17,7 +17,7 @@ import pandas as pd
 from ..config import PROFILES, Profile, load_profile
 from ..core import ConfigError, DataError, MissingWeights, best_device, cpu_count, data_dir, models_dir, read_json, runs_dir, thread_count
 
-# %% ../../nbs/86_plan.ipynb #8e5092ef
+# %% ../../nbs/86_plan.ipynb #5cad9021
 @dataclass(frozen=True)
 class Work:
     "An amount of one kind of work."
@@ -38,6 +38,15 @@ def _heads(p:Profile) -> list[Work]:
     watched = max(12, p.train_identities//10)*p.train_per_identity
     return [Work("render", seen + watched + 2*p.test_identities*p.test_per_identity, c.image_size), Work("recogniser", 4*p.seeds*c.epochs*seen, c.image_size, p.train_recipe)]
 
+def _additions(p:Profile) -> list[Work]:
+    "What `e13_additions` trains: nine rows for as many steps each; the rows with twice the people see each half as often."
+    from hyperface.recognition.train import recipe
+    c = recipe(p.train_recipe); even = c.batch//math.gcd(c.batch, p.train_per_identity)
+    people = int((.4 if p.seeds == 1 else .5)*p.train_identities)//even*even
+    epochs = 2*(c.epochs//2) if p.seeds > 1 else min(4, 2*(c.epochs//2))
+    watched = max(12, p.train_identities//10)
+    return [Work("render", (p.train_identities + watched)*p.train_per_identity + p.test_identities*p.test_per_identity, c.image_size), Work("recogniser", 9*p.seeds*epochs*people*p.train_per_identity, c.image_size, p.train_recipe)]
+
 def _judge(people:int, epochs:int, size:int=64) -> list[Work]:
     return [Work("render", 2*people, size), Work("recogniser", 2*people*epochs, 32, "cpu_quick")]
 
@@ -46,16 +55,25 @@ def _generator(p:Profile) -> list[Work]:
     stages = [Work("gan", 1000*p.gan_scratch, s, f"cpu64 {s}") for s in (16, 32, 64)] if p.from_scratch else [Work("gan", 1000*p.gan_continue, 64, "cpu64 64")]
     return [*stages, Work("render", p.gan_eval, 64), *_judge(p.judge_identities, p.judge_epochs)]
 
+def _fairness(p:Profile) -> list[Work]:
+    "What `j1_fairness` trains; its people are those of `e1_rendered_faces` and `e5_heads`. Six in ten of the pool fit into sets of equal groups."
+    from hyperface.recognition.train import recipe
+    c, cpu = recipe(p.train_recipe), p.train_recipe.startswith("cpu")
+    people, per = .6*p.train_identities, min(p.train_per_identity, 6 if p.seeds > 1 and cpu else 10)
+    return [Work("recogniser", (10 if p.seeds > 1 else 6)*p.seeds*(6 if p.train_recipe == "cpu_study" else c.epochs)*people*per, c.image_size, p.train_recipe)]
+
 WORK = dict(
     e1_rendered_faces=lambda p: _people(p) + [Work("render", p.linear_identities*p.linear_per_identity, 56), Work("embed", 2*p.rendered_identities*p.rendered_per_identity, 112, "mobilefacenet")],
     e2_packing=lambda p: [Work("pack", p.packing_steps + 2*p.published_steps, p.sphere_identities)],
     e5_heads=_heads,
+    e13_additions=_additions,
     e5a_stability=lambda p: [Work("recogniser", 18*32*p.stability_steps, _heads(p)[1].size, p.train_recipe)],
     e6_face_packing=lambda p: [Work("pack", 17*p.packing_steps, p.gallery)],
     e7_gan_equations=lambda p: [Work("gan", 2*500*p.gan_kimg, 16, "cpu16 16")],
     e8_ada=lambda p: [Work("render", max(p.gan_images) + max(64, p.gan_eval), 16), Work("gan", 2*len(p.gan_images)*1000*p.gan_kimg, 16, "cpu16 16")],
     e9_controllability=_generator,
-    e9a_balance=lambda p: [*_judge(max(40, p.judge_identities//3), p.judge_epochs, 16), Work("gan", 2*1000*(1.5 if p.gan_kimg >= 1 else .25)*p.gan_kimg, 16, "cpu16 16")])
+    e9a_balance=lambda p: [*_judge(max(40, p.judge_identities//3), p.judge_epochs, 16), Work("gan", 2*1000*(1.5 if p.gan_kimg >= 1 else .25)*p.gan_kimg, 16, "cpu16 16")],
+    j1_fairness=_fairness)
 
 # %% ../../nbs/86_plan.ipynb #b647bb28
 def _pass(module, *inputs) -> float:

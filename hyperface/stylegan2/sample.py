@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shipped_generators', 'weights_folder', 'load_generator', 'generate', 'balanced_conditions', 'generate_records',
-           'StyleGAN2Faces']
+           'StyleGAN2Faces', 'generate_people']
 
 # %% ../../nbs/57_sample.ipynb #9b02772f
 from pathlib import Path
@@ -147,3 +147,40 @@ class StyleGAN2Faces:
             return _draw(self.G, z, c, self.psi, self.noise_mode, self.batch, [seed(g) for g in generator])
         z = torch.randn(len(c), self.G.z_dim, generator=generator)
         return _draw(self.G, z, c, self.psi, self.noise_mode, self.batch, seed(generator))
+
+# %% ../../nbs/57_sample.ipynb #b685cb04
+@torch.no_grad()
+def generate_people(model,                # as `load_generator` takes it, or what it gave
+                    conditions:pd.DataFrame, # a row a person: gender, ethnicity, age ... as the schema has them
+                    per_identity:int=10,  # pictures of each
+                    seed:int=0,           # of the people and their pictures; person i is the same whatever follows
+                    years:float=8.,       # standard deviation of the ages asked for, around the person's own
+                    shift:float=.3,       # step in w, in standard deviations of people of all kinds
+                    name:str="stylegan2", # what the set is called
+                    batch:int=32,         # pictures at a time
+                    ) -> Records:
+    "People of stated attributes with several pictures each, from a generator that knows no identities: z is the person."
+    G, schema = model if isinstance(model, tuple) else load_generator(model)
+    if schema is None: raise ConfigError("This generator has no condition schema", None, "People of a group can be asked for only where a generator was conditioned on it")
+    if isinstance(per_identity, bool) or int(per_identity) != per_identity or per_identity < 1: raise ConfigError("per_identity must be a whole number of pictures", per_identity)
+    for what, v in (("years", years), ("shift", shift)):
+        if not 0 <= v < np.inf: raise ConfigError(f"{what} must be at least 0", v)
+    n, device = len(conditions), next(G.parameters()).device
+    if not n: raise DataError("No people were asked for", n, "Give a table with a row for each person")
+    draw = lambda what, *shape: torch.stack([torch.randn(shape, generator=torch_rng(seed, what, i)) for i in range(n)])
+    table = pd.DataFrame(conditions).iloc[np.repeat(np.arange(n), per_identity)].reset_index(drop=True)
+    if "age" in table:
+        asked = table["age"].to_numpy(float) + years*draw("years", per_identity).flatten().numpy()
+        table["age"] = np.clip(asked, schema["age"].low, schema["age"].high)
+    encoded = lambda t: schema.encode({k: t[k].tolist() for k in t}).to(device)
+    z = draw("z", G.z_dim).repeat_interleave(per_identity, 0)
+    step = draw("step", per_identity, G.mapping.w_dim).flatten(0, 1)
+    some = balanced_conditions(schema, 64, seed)[list(table)]             # the yardstick: people of all kinds
+    size = G.mapping(torch.randn(64, G.z_dim, generator=torch_rng(seed, "yardstick")).to(device), encoded(some)).std(0)
+    parts = []
+    for rows in progress(torch.arange(len(table)).split(batch), "generating people", unit="batch"):
+        ws = G.mapping(z[rows].to(device), encoded(table.iloc[rows.numpy()])) + shift*size*step[rows, None].to(device)
+        noise = [torch.Generator(device).manual_seed(derive_seed(seed, "noise", int(i))) for i in rows]
+        parts.append(G.synthesis(ws, noise_mode="random", generator=noise).float().clamp(-1, 1).cpu())
+    who = [f"{name}-{seed}-{i:06d}" for i in np.repeat(np.arange(n), per_identity)]
+    return Records.from_arrays(to_uint8(torch.cat(parts)), name, identity=who, **{k: v for k, v in table.items()})
