@@ -17,7 +17,7 @@ import pandas as pd
 from ..config import PROFILES, Profile, load_profile
 from ..core import ConfigError, DataError, MissingWeights, best_device, cpu_count, data_dir, models_dir, read_json, runs_dir, thread_count
 
-# %% ../../nbs/86_plan.ipynb #5cad9021
+# %% ../../nbs/86_plan.ipynb #c4aa4918
 @dataclass(frozen=True)
 class Work:
     "An amount of one kind of work."
@@ -62,6 +62,15 @@ def _fairness(p:Profile) -> list[Work]:
     people, per = .6*p.train_identities, min(p.train_per_identity, 6 if p.seeds > 1 and cpu else 10)
     return [Work("recogniser", (10 if p.seeds > 1 else 6)*p.seeds*(6 if p.train_recipe == "cpu_study" else c.epochs)*people*per, c.image_size, p.train_recipe)]
 
+def _benchmark(p:Profile) -> list[Work]:
+    "Six trainings of `h1_benchmark`; what its generator paints is not counted."
+    from hyperface.recognition.train import recipe
+    c = recipe(p.train_recipe); small = c.image_size < 64
+    people, per = (max(12, p.train_identities//4), p.train_per_identity//2) if small else (p.train_identities, p.train_per_identity)
+    epochs = c.epochs if p.name == "smoke" else max(12, c.epochs)
+    return [Work("render", 2*(min(1_000, p.gallery//2) if small else 4*people) + p.seeds*people*per + p.test_identities*p.test_per_identity, 64), Work("recogniser", 6*p.seeds*epochs*people*per, c.image_size, p.train_recipe)]
+
+# %% ../../nbs/86_plan.ipynb #8969a7d8
 WORK = dict(
     e1_rendered_faces=lambda p: _people(p) + [Work("render", p.linear_identities*p.linear_per_identity, 56), Work("embed", 2*p.rendered_identities*p.rendered_per_identity, 112, "mobilefacenet")],
     e2_packing=lambda p: [Work("pack", p.packing_steps + 2*p.published_steps, p.sphere_identities)],
@@ -73,7 +82,8 @@ WORK = dict(
     e8_ada=lambda p: [Work("render", max(p.gan_images) + max(64, p.gan_eval), 16), Work("gan", 2*len(p.gan_images)*1000*p.gan_kimg, 16, "cpu16 16")],
     e9_controllability=_generator,
     e9a_balance=lambda p: [*_judge(max(40, p.judge_identities//3), p.judge_epochs, 16), Work("gan", 2*1000*(1.5 if p.gan_kimg >= 1 else .25)*p.gan_kimg, 16, "cpu16 16")],
-    j1_fairness=_fairness)
+    j1_fairness=_fairness,
+    h1_benchmark=_benchmark)
 
 # %% ../../nbs/86_plan.ipynb #b647bb28
 def _pass(module, *inputs) -> float:
