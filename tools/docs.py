@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS, PACKAGE, SITE = ROOT / "nbs", ROOT / "hyperface", ROOT / "_docs"
 CHAPTERS = {"0": "Foundations", "1": "Faces", "2": "Extraction", "3": "The sphere", "4": "Metrics", "5": "StyleGAN2-ADA", "6": "Vec2Face and generation", "7": "Recognition",
-            "8": "Report", "9": "Running", "t": "The paper: tables", "f": "The paper: figures", "v": "The paper: Vec2Face", "r": "The paper: further results", "e": "The paper: experiments", "a": "The paper: audit"}
+            "8": "Report", "9": "Running", "t": "The paper: tables", "f": "The paper: figures", "h": "The paper: HyperFace's benchmark", "v": "The paper: Vec2Face", "r": "The paper: further results", "j": "The paper: fairness", "e": "The paper: experiments", "a": "The paper: audit"}
 
 
 def notebooks() -> list[Path]:
