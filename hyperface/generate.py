@@ -77,7 +77,7 @@ class RenderedFaces:
         drawn = pd.concat([draw_conditions(0), *(draw_conditions(1, self.nuisance, s, gender=[g]) for s, g in zip(seeds, people.table["gender"]))], ignore_index=True)
         return torch.from_numpy(render(people, drawn.assign(**wanted), self.image_size)[0])
 
-# %% ../nbs/65_generate.ipynb #4dca1d79
+# %% ../nbs/65_generate.ipynb #a37abb3d
 def call_generator(generator,  # a FaceGenerator
                    vectors,    # (N, d) float32 unit
                    streams,    # N torch.Generators
@@ -116,8 +116,8 @@ def load_generator_by_name(name:str,     # rendered, stylegan2, vec2face or arc2
         if weights is not None: raise ConfigError("Rendered faces have no weights", weights)
         return RenderedFaces(**options)
     if name == "stylegan2":
-        from hyperface.stylegan2.sample import StyleGAN2Faces, load_generator
-        return StyleGAN2Faces(load_generator(weights or "rendered64", device), **options)
+        from hyperface.stylegan2.sample import load_generator, stylegan2_faces
+        return stylegan2_faces(load_generator(weights or "rendered64", device), **options)
     if name == "vec2face":
         from hyperface.vec2face.train import Vec2FaceFaces, load_vec2face
         return Vec2FaceFaces(load_vec2face(weights or "rendered64", device), **options)

@@ -521,10 +521,29 @@ def test_what_cannot_be_done(arguments, said, tmp_path):
 def test_generators_by_name(tmp_path):
     faces = load_generator_by_name("rendered", size=32, nuisance=.5)
     assert (faces.image_size, faces.nuisance) == (32, .5)
-    for arguments, error, said in ((("dcface",), ConfigError, "One of rendered"), (("rendered", "weights"), ConfigError, "no weights"), (("stylegan2",), ConfigError, "not conditioned on identity"),
+    for arguments, error, said in ((("dcface",), ConfigError, "One of rendered"), (("rendered", "weights"), ConfigError, "no weights"),
                                    (("stylegan2", str(tmp_path)), MissingWeights, "no generator"), (("arc2face",), MissingWeights, "do not ship")):
         with pytest.raises(error, match=said):
             load_generator_by_name(*arguments)
+
+
+def test_shipped_stylegan2_paints_a_packing(tmp_path):
+    "It knows no identities: the vector decides z and what is not asked for; pictures of one vector's neighbourhood are one person's."
+    from hyperface.vec2face.train import vec2face_embedder
+    plan = SamplingPlan(identities="gaussian", n=4, dim=512, per_identity=5, seed=3)
+    faces = load_generator_by_name("stylegan2")
+    assert faces.dim is None and not faces.faithful and set(faces.attribute_names) >= {"age", "gender", "ethnicity"}
+    folder = tmp_path / "set"
+    generate_dataset(faces, plan, folder, embedder=vec2face_embedder("rendered64"), redraws=0, twins="keep", outlier=-1.)
+    from hyperface.data.formats import read_dataset
+    records = read_dataset(folder)
+    assert len(records) == 20 and len(np.unique(records.codes)) == 4
+    v = np.asarray(vec2face_embedder("rendered64").embed(records.images()))
+    s, same = v @ v.T, records.codes[:, None] == records.codes
+    assert s[same & ~np.eye(20, dtype=bool)].mean() > s[~same].mean() + .3
+    vectors = make_identities(plan).vectors
+    one = faces.generate(vectors[1:2], generator=[torch_rng(0, "a")])
+    assert np.allclose(one, faces.generate(vectors[:2], generator=[torch_rng(0, "b"), torch_rng(0, "a")])[1:], atol=1e-4)   # in company as alone
 
 
 # ---------------------------------------------------------------- generators that take a list of streams

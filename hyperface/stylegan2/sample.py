@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shipped_generators', 'weights_folder', 'load_generator', 'generate', 'balanced_conditions', 'generate_records',
-           'StyleGAN2Faces', 'generate_people']
+           'StyleGAN2Faces', 'StyledPeople', 'stylegan2_faces', 'generate_people']
 
 # %% ../../nbs/57_sample.ipynb #9b02772f
 from pathlib import Path
@@ -147,6 +147,49 @@ class StyleGAN2Faces:
             return _draw(self.G, z, c, self.psi, self.noise_mode, self.batch, [seed(g) for g in generator])
         z = torch.randn(len(c), self.G.z_dim, generator=generator)
         return _draw(self.G, z, c, self.psi, self.noise_mode, self.batch, seed(generator))
+
+# %% ../../nbs/57_sample.ipynb #b0d53f39
+class StyledPeople:
+    "A `FaceGenerator` of a generator that knows no identities: the vector decides z and whatever condition is not asked for. Takes a list of generators, one for each picture."
+    rowwise, faithful, dim = True, False, None       # any dimension; the pictures do not embed to the vectors
+    def __init__(self, model, # as `load_generator` takes it, or what it gave
+                 noise_mode:str="random", truncation_psi:float=1.0, batch:int=32):
+        self.G, self.schema = model if isinstance(model, tuple) else load_generator(model)
+        if self.schema is None and self.G.c_dim: raise ConfigError("This generator has conditions but no condition schema", self.G.c_dim)
+        self.noise_mode, self.psi, self.batch, self.image_size = noise_mode, truncation_psi, batch, self.G.img_resolution
+    @property
+    def attribute_names(self) -> list: return [] if self.schema is None else self.schema.names
+    def conditions(self, x, # (N, c_dim) about normal numbers
+                   attributes=None) -> torch.Tensor: # (N, c_dim)
+        "Label vectors: as asked for, else by the numbers."
+        c = self.schema.encode(attributes, n=len(x))
+        for a in self.schema.attributes:
+            at = self.schema.blocks[a.name]; free = (c[:, at] == 0).all(1)
+            own = torch.softmax(4*x[:, at], 1) if hasattr(a, "values") else torch.from_numpy(a.encode((a.low + (a.high - a.low)*torch.special.ndtr(x[:, at][:, 0])).numpy()))
+            c[free, at] = own[free].to(c.dtype)
+        return c
+    def generate(self, embeddings, # (N, d) unit vectors
+                 *, n_per_identity:int=1, # pictures of each, which differ in the noise maps alone
+                 attributes=None,  # dict or table of N rows: conditions
+                 generator=None,   # torch.Generator of the noise maps, or a list of one for each picture
+                 ) -> torch.Tensor: # (N n_per_identity, 3, r, r) in [-1, 1], identity after identity
+        "Pictures of identities."
+        e = torch.as_tensor(np.asarray(embeddings, np.float32))
+        if e.ndim != 2 or not torch.isfinite(e).all(): raise DataError("Identity vectors must be finite and of shape (N, d)", tuple(e.shape))
+        x = e @ torch.randn(e.shape[1], self.G.z_dim + self.G.c_dim, generator=torch_rng(0, "people of vectors", e.shape[1]))
+        z = torch.nn.functional.normalize(x[:, :self.G.z_dim], dim=1)*self.G.z_dim**.5
+        c = self.conditions(x[:, self.G.z_dim:], attributes) if self.G.c_dim else x[:, self.G.z_dim:]
+        z, c = (t.repeat_interleave(n_per_identity, 0) for t in (z, c))
+        seed = lambda g: int(torch.randint(2**62, [], generator=g))
+        if isinstance(generator, (list, tuple)) and len(generator) != len(c): raise DataError(f"{len(c)} pictures need as many generators", len(generator))
+        return _draw(self.G, z, c, self.psi, self.noise_mode, self.batch, [seed(g) for g in generator] if isinstance(generator, (list, tuple)) else seed(generator))
+
+def stylegan2_faces(model, # as `load_generator` takes it, or what it gave
+                    **options # of either class
+                    ):       # `StyleGAN2Faces` where the generator was trained on identity vectors, else `StyledPeople`
+    "A `FaceGenerator` of any StyleGAN2."
+    G, schema = model if isinstance(model, tuple) else load_generator(model)
+    return (StyleGAN2Faces if any(isinstance(a, Identity) for a in (schema.attributes if schema else ())) else StyledPeople)((G, schema), **options)
 
 # %% ../../nbs/57_sample.ipynb #b685cb04
 @torch.no_grad()
