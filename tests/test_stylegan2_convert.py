@@ -84,6 +84,8 @@ def networks(seed=0, **more):
 
 
 NETS = networks()
+with torch.device("meta"):
+    networks()                                                                # torch imports parts of itself, and those theirs, when it is first asked for sizes alone
 GOOD = official(dict(training_set_kwargs=dict(class_name="training.dataset.ImageFolderDataset", resolution=16, use_labels=True, max_size=None, xflip=False), **NETS, augment_pipe=None))
 
 
