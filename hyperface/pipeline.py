@@ -217,7 +217,7 @@ def _as_html(notebook:Path) -> None:
     from hyperface.report.page import notebook_html
     with contextlib.suppress(Exception): notebook_html(notebook)
 
-# %% ../nbs/90_pipeline.ipynb #d6cd4b98
+# %% ../nbs/90_pipeline.ipynb #efe6c7da
 @contextlib.contextmanager
 def _locked(out:Path):
     "Hold the report folder; `ConfigError` if another run does."
@@ -227,6 +227,7 @@ def _locked(out:Path):
     with open(out/".lock", "w") as handle:
         try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e: raise ConfigError(f"Another run is working in {out}", None, "Wait for it, or choose another --out") from e
+        for dead in out.rglob(".*.part"): dead.unlink(missing_ok=True) # what a killed run was writing
         yield
 
 class Ticker:

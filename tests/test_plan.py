@@ -29,7 +29,7 @@ def test_every_count_is_of_a_page_that_exists_and_depends_only_on_sizes_it_reads
     assert set(WORK) <= set(steps)
     base = PROFILES["quick"]
     for name, count in WORK.items():
-        reads = set(re.findall(r"sizes\.(\w+)", steps[name].code))
+        reads = {size for page in (name, *steps[name].needs) for size in re.findall(r"sizes\.(\w+)", steps[page].code)} # a page takes sizes over from those it needs
         for f in fields(Profile):
             value = getattr(base, f.name)
             if f.name == "name" or isinstance(value, str):
@@ -48,9 +48,17 @@ def test_counts_of_the_heads_restated():
 
 def test_counts_of_the_additions_restated():
     rendered, shown = WORK["e13_additions"](PROFILES["quick"])
-    assert shown.amount == 9*1*4*80*16 and shown.size == 40                 # rows, seeds, passes, people, pictures: 80 steps of 64 a row
-    assert WORK["e13_additions"](PROFILES["study"])[1].amount == 9*3*6*120*16
+    assert shown.amount == (9 + 2)*1*4*80*16 and shown.size == 40           # rows (one is twice as long), seeds, passes, people, pictures: 80 steps of 64 a row
+    assert WORK["e13_additions"](PROFILES["study"])[1].amount == (9 + 2)*3*6*120*16
     assert rendered.amount == (200 + 20)*16 + 60*15
+
+
+def test_counts_of_fairness_and_of_the_sweeps_restated():
+    study = PROFILES["study"]
+    [shown] = WORK["j1_fairness"](study)
+    assert shown.amount == 10*3*12*144*6                                    # rows, seeds, passes, people, pictures
+    [sweeps] = WORK["h2_ablation"](study)
+    assert sweeps.amount == 8*3*12*60*8 and sweeps.unit == WORK["h1_benchmark"](study)[-1].unit
 
 
 def test_operations_are_those_of_the_layers():

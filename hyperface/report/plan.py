@@ -6,9 +6,9 @@
 __all__ = ['WORK', 'PROBES', 'Work', 'operations', 'measure', 'growth', 'last_times', 'data_needs', 'training_bytes', 'space',
            'Plan', 'plan', 'text']
 
-# %% ../../nbs/86_plan.ipynb #04b12910
+# %% ../../nbs/86_plan.ipynb #aaa4cc73
 import contextlib, functools, math, os, re, shutil, time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import pandas as pd
 from ..config import PROFILES, Profile, load_profile
 from ..core import ConfigError, DataError, MissingWeights, best_device, cpu_count, data_dir, models_dir, read_json, runs_dir, thread_count
 
-# %% ../../nbs/86_plan.ipynb #c4aa4918
+# %% ../../nbs/86_plan.ipynb #0aa90be9
 @dataclass(frozen=True)
 class Work:
     "An amount of one kind of work."
@@ -39,13 +39,13 @@ def _heads(p:Profile) -> list[Work]:
     return [Work("render", seen + watched + 2*p.test_identities*p.test_per_identity, c.image_size), Work("recogniser", 4*p.seeds*c.epochs*seen, c.image_size, p.train_recipe)]
 
 def _additions(p:Profile) -> list[Work]:
-    "What `e13_additions` trains: nine rows for as many steps each; the rows with twice the people see each half as often."
+    "What `e13_additions` trains: nine rows for as many steps each (those with twice the people see each half as often), and one for twice as many."
     from hyperface.recognition.train import recipe
     c = recipe(p.train_recipe); even = c.batch//math.gcd(c.batch, p.train_per_identity)
     people = int((.4 if p.seeds == 1 else .5)*p.train_identities)//even*even
     epochs = 2*(c.epochs//2) if p.seeds > 1 else min(4, 2*(c.epochs//2))
     watched = max(12, p.train_identities//10)
-    return [Work("render", (p.train_identities + watched)*p.train_per_identity + p.test_identities*p.test_per_identity, c.image_size), Work("recogniser", 9*p.seeds*epochs*people*p.train_per_identity, c.image_size, p.train_recipe)]
+    return [Work("render", (p.train_identities + watched)*p.train_per_identity + p.test_identities*p.test_per_identity, c.image_size), Work("recogniser", 11*p.seeds*epochs*people*p.train_per_identity, c.image_size, p.train_recipe)]
 
 def _judge(people:int, epochs:int, size:int=64) -> list[Work]:
     return [Work("render", 2*people, size), Work("recogniser", 2*people*epochs, 32, "cpu_quick")]
@@ -60,7 +60,7 @@ def _fairness(p:Profile) -> list[Work]:
     from hyperface.recognition.train import recipe
     c, cpu = recipe(p.train_recipe), p.train_recipe.startswith("cpu")
     people, per = .6*p.train_identities, min(p.train_per_identity, 6 if p.seeds > 1 and cpu else 10)
-    return [Work("recogniser", (10 if p.seeds > 1 else 6)*p.seeds*(6 if p.train_recipe == "cpu_study" else c.epochs)*people*per, c.image_size, p.train_recipe)]
+    return [Work("recogniser", (10 if p.seeds > 1 else 6)*p.seeds*(12 if p.seeds > 1 and cpu else c.epochs)*people*per, c.image_size, p.train_recipe)]
 
 def _benchmark(p:Profile) -> list[Work]:
     "Six trainings of `h1_benchmark`; what its generator paints is not counted."
@@ -70,7 +70,12 @@ def _benchmark(p:Profile) -> list[Work]:
     epochs = c.epochs if p.name == "smoke" else max(12, c.epochs)
     return [Work("render", 2*(min(1_000, p.gallery//2) if small else 4*people) + p.seeds*people*per + p.test_identities*p.test_per_identity, 64), Work("recogniser", 6*p.seeds*epochs*people*per, c.image_size, p.train_recipe)]
 
-# %% ../../nbs/86_plan.ipynb #8969a7d8
+def _sweeps(p:Profile) -> list[Work]:
+    "What `h2_ablation` trains: the points of its sweeps that the benchmark does not have."
+    trained = _benchmark(p)[-1]
+    return [replace(trained, amount=trained.amount/6*(8 if p.seeds > 1 else 6))]
+
+# %% ../../nbs/86_plan.ipynb #ed051a0e
 WORK = dict(
     e1_rendered_faces=lambda p: _people(p) + [Work("render", p.linear_identities*p.linear_per_identity, 56), Work("embed", 2*p.rendered_identities*p.rendered_per_identity, 112, "mobilefacenet")],
     e2_packing=lambda p: [Work("pack", p.packing_steps + 2*p.published_steps, p.sphere_identities)],
@@ -83,7 +88,8 @@ WORK = dict(
     e9_controllability=_generator,
     e9a_balance=lambda p: [*_judge(max(40, p.judge_identities//3), p.judge_epochs, 16), Work("gan", 2*1000*(1.5 if p.gan_kimg >= 1 else .25)*p.gan_kimg, 16, "cpu16 16")],
     j1_fairness=_fairness,
-    h1_benchmark=_benchmark)
+    h1_benchmark=_benchmark,
+    h2_ablation=_sweeps)
 
 # %% ../../nbs/86_plan.ipynb #b647bb28
 def _pass(module, *inputs) -> float:
