@@ -58,7 +58,7 @@ def test_counts_of_fairness_and_of_the_sweeps_restated():
     [shown] = WORK["j1_fairness"](study)
     assert shown.amount == 10*3*12*144*6                                    # rows, seeds, passes, people, pictures
     [sweeps] = WORK["h2_ablation"](study)
-    assert sweeps.amount == 8*3*12*80*16 and sweeps.unit == WORK["h1_benchmark"](study)[-1].unit
+    assert sweeps.amount == 8*3*12*80*8 and sweeps.unit == WORK["h1_benchmark"](study)[-1].unit
 
 
 def test_operations_are_those_of_the_layers():

@@ -17,7 +17,7 @@ import pandas as pd
 from ..config import PROFILES, Profile, load_profile
 from ..core import ConfigError, DataError, MissingWeights, best_device, cpu_count, data_dir, models_dir, read_json, runs_dir, thread_count
 
-# %% ../../nbs/86_plan.ipynb #969173b4
+# %% ../../nbs/86_plan.ipynb #84fe7553
 @dataclass(frozen=True)
 class Work:
     "An amount of one kind of work."
@@ -66,7 +66,7 @@ def _benchmark(p:Profile) -> list[Work]:
     "Six trainings of `h1_benchmark`; what its generator paints is not counted."
     from hyperface.recognition.train import recipe
     c = recipe(p.train_recipe); small = c.image_size < 64
-    people, per = ((max(12, p.train_identities//4), p.train_per_identity//2) if p.seeds == 1 else (p.train_identities//3, p.train_per_identity)) if small else (p.train_identities, p.train_per_identity)
+    people, per = (max(12, p.train_identities//(4 if p.seeds == 1 else 3)), p.train_per_identity//2) if small else (p.train_identities, p.train_per_identity)
     epochs = c.epochs if p.name == "smoke" else max(12, c.epochs)
     return [Work("render", 2*(min(1_000, p.gallery//2) if small else 4*people) + p.seeds*people*per + p.test_identities*p.test_per_identity, 64), Work("recogniser", 6*p.seeds*epochs*people*per, c.image_size, p.train_recipe)]
 
