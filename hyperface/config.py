@@ -57,7 +57,7 @@ def from_yaml(kind, path:str|Path):
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path} is not plain YAML: {e}") from e
     return from_dict(kind, values or {}, "")
 
-# %% ../nbs/01_config.ipynb #5512d366
+# %% ../nbs/01_config.ipynb #4a7d728f
 @dataclass(frozen=True)
 class Profile:
     "How much of everything a run does."
@@ -100,7 +100,7 @@ PROFILES = {p.name: p for p in (
             gan_kimg=.32, gan_images=(40, 80), gan_continue=.032, gan_eval=60, gan_scratch=.16, judge_identities=40, judge_epochs=1),
     Profile("quick"),
     Profile("real", photo_epochs=.8),
-    Profile("study", seeds=3, rendered_identities=400, rendered_per_identity=12, linear_identities=500, packing_steps=100, published_steps=40, gallery=3_000,
+    Profile("study", seeds=3, rendered_identities=400, rendered_per_identity=12, linear_identities=500, published_steps=40,
             attribute_images=1_500, bootstrap=1_000, train_identities=240, test_identities=100, test_pairs=10_000, stability_steps=100,
             gan_kimg=6., gan_continue=1., gan_eval=3_000, judge_identities=2_000, judge_epochs=8),
     Profile("full", seeds=3, rendered_identities=10_000, rendered_per_identity=50, linear_identities=2_000, packing_steps=450, published_steps=2_000, gallery=10_000,

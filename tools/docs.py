@@ -109,6 +109,7 @@ def index_page() -> str:
     for key, caption in CHAPTERS.items():
         names = [p.relative_to(ROOT).with_suffix("").as_posix() for p in notebooks() if p.name[0] == key]
         trees += [toctree(caption, names)] if names else []
+    readme = re.sub(r"(?<!!)\[([^\]]+)\]\(reports/[^)]*\)", r"`\1`", readme)            # a report has no page here, its pictures have a place
     return "\n\n".join([readme.rstrip(), *trees, toctree("The package", [f"api/{m}" for m in modules()])]) + "\n"
 
 
@@ -119,6 +120,7 @@ def lay_out(target: Path = SITE / "source") -> Path:
     wanted |= {p.relative_to(ROOT).as_posix(): page(p) for p in notebooks()}
     wanted |= {f"api/{m}.md": api_page(m, p, made_by.get(m)) for m, p in modules().items()}
     pictures = {p.relative_to(ROOT).as_posix(): p for p in (NBS / "images").glob("*")}
+    pictures |= {name: ROOT / name for name in re.findall(r"!\[[^\]]*\]\((reports/[^)\s]+)\)", wanted["index.md"])}
     for old in [p for p in target.rglob("*") if p.is_file()] if target.exists() else []:
         if old.relative_to(target).as_posix() not in wanted | pictures:
             old.unlink()

@@ -17,6 +17,7 @@ import argparse
 import filecmp
 import hashlib
 import os
+import posixpath
 import re
 import shutil
 import sys
@@ -186,6 +187,11 @@ def adopt(report: Path, names: list[str]) -> None:
         write(clean(nb), path)
 
 
+def from_root(text: str) -> str:
+    "Markdown written for nbs/index.ipynb with its relative links as README.md needs them."
+    return re.sub(r"\]\((?![a-z]+:|#|/)([^)\s]+)\)", lambda m: f"]({posixpath.normpath('nbs/' + m[1])})", text)
+
+
 def readme_text() -> tuple[str, dict[str, bytes]]:
     "README.md from index.ipynb: markdown as it is, code fenced, outputs below it; pictures become files."
     import base64
@@ -193,7 +199,7 @@ def readme_text() -> tuple[str, dict[str, bytes]]:
     parts, pictures = ["<!-- Made from nbs/index.ipynb by tools/nb.py; edit the notebook. -->"], {}
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            parts.append(cell.source.replace("](../", "](").replace('src="../', 'src="'))
+            parts.append(from_root(cell.source))
             continue
         if cell.cell_type != "code" or not cell.source.strip():
             continue
@@ -209,7 +215,7 @@ def readme_text() -> tuple[str, dict[str, bytes]]:
                 pictures[name] = base64.b64decode(data[mime])
                 parts.append(f"![]({name})")
             elif "text/markdown" in data:
-                parts.append(str(data["text/markdown"]))
+                parts.append(from_root("".join(data["text/markdown"])))
             elif "text/plain" in data or "text" in output:
                 parts.append("```\n" + str(data.get("text/plain", output.get("text", ""))).rstrip() + "\n```")
     return "\n\n".join(parts).rstrip() + "\n", pictures

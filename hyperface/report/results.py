@@ -154,18 +154,27 @@ def _make(self, step:str) -> None:
 
 Run.save, Run.read, Run.has, Run._fresh, Run._make = save, read, has, _fresh, _make
 
-# %% ../../nbs/80_results.ipynb #39d4f81b
+# %% ../../nbs/80_results.ipynb #1d82ecb9
 @dataclass
 class Shown:
     "A result that shows itself on the page where it was made: title, body, status."
     record: dict          # as written to records/
     html: str = ""        # the body
     picture: bytes = b""  # or a PNG/JPEG
+    @property
+    def said(self) -> str:
+        "What stands below: caption, source, verdict."
+        r = self.record; p = r.get("parameters", {})
+        source = f"Data: {r.get('data') or 'none'}. Profile {p.get('profile', '?')}, seed {p.get('seed', '?')}, commit {r.get('provenance', {}).get('commit', '?')[:8]}. *{r['status']}*" + (f": {r['why']}" if r["why"] else "")
+        return "\n\n".join(x for x in (r.get("caption", ""), source) if x)
     def _repr_mimebundle_(self, include=None, exclude=None):
-        r = self.record
-        note = f"*{r['status']}*" + (f": {r['why']}" if r["why"] else "")
-        if self.picture: return {"image/jpeg" if self.picture[:2] == b"\xff\xd8" else "image/png": self.picture, "text/plain": f"{r['title']} ({r['status']})"}
-        return {"text/markdown": f"**{r['title']}**\n\n{r.get('markdown', '')}\n\n{note}\n", "text/plain": f"{r['title']} ({r['status']})"}
+        r = self.record; plain = f"{r['title']} ({r['status']})"
+        if self.picture: return {"image/jpeg" if self.picture[:2] == b"\xff\xd8" else "image/png": self.picture, "text/plain": plain}
+        return {"text/markdown": f"**{r['title']}**\n\n{r.get('markdown', '')}\n\n{self.said}\n", "text/plain": plain}
+    def _ipython_display_(self):
+        from IPython.display import Markdown, display
+        display(self._repr_mimebundle_(), raw=True)
+        if self.picture: display(Markdown(f"**{self.record['title']}.** {self.said}"))      # an output holds either a picture or text
 
 # %% ../../nbs/80_results.ipynb #4c2774b1
 def _checked_status(status:str, why:str) -> None:
