@@ -93,7 +93,7 @@ def audit_confusion() -> pd.DataFrame:
     rows.append(("T5 to T7, exact counts", "counts", f"{int((distinct % 10 == 0).sum())} of {len(distinct)} end in 0", "not given", f"if they were rounded to tens, rates from them are good to 0.05 points: that could explain {slack} of the {len(off)} differences above"))
     return _lines("Tables 5-7: what the counts say", *rows)
 
-# %% ../../nbs/83_audit.ipynb #323aad20
+# %% ../../nbs/83_audit.ipynb #d96b6d2c
 def feasible_f1(accuracy:float,    # percent, one decimal
                 recall:float,      # three decimals
                 specificity:float, # three decimals
@@ -117,7 +117,7 @@ def audit_table4() -> pd.DataFrame:
     for r in t.itertuples():
         low, high, f_low, f_high = feasible_f1(r.accuracy, r.recall, r.specificity)
         fits = f_low - 5e-4 <= r.f1 <= f_high + 5e-4
-        rows.append((f"T4, {r.method} / {r.dataset}, F1 on any test set", r.f1, f"{f_low:.4f} to {f_high:.4f}", "agrees" if fits else "impossible", f"accuracy, recall and specificity together need {low:.0%} to {high:.0%} genuine pairs"))
+        rows.append((f"T4, {r.method} / {r.dataset}, F1 on any set of pairs", r.f1, f"{f_low:.4f} to {f_high:.4f}", "agrees" if fits else "impossible", f"accuracy, recall and specificity together need {low:.0%} to {high:.0%} genuine pairs; averages over several classes could be as printed"))
     same = bool((t.recall == t.sensitivity).all())
     rows.append(("T4, columns recall and sensitivity", "two columns", "equal in all rows" if same else "different", "misleading" if same else "differs", "both are TP/(TP + FN): one quantity under two names"))
     return _lines("Table 4 against itself", *rows)
