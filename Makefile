@@ -1,6 +1,7 @@
 # Two commands: `make reproduce` runs the paper, `make test` runs all tests. Both make .venv first if it is not there.
 PROFILE ?= quick
-JOBS ?= 1
+# JOBS: pages at a time, one for each processor, four at most
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ "$$n" -gt 4 ] && n=4; echo $$n)
 # PYTHON: the interpreter that makes .venv.  TORCH_INDEX: another index for PyTorch, such as
 # https://download.pytorch.org/whl/cpu, which saves the CUDA packages on a machine without a GPU.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -8,6 +9,10 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# what glibc should keep instead of giving it back (see nbs/90_pipeline.ipynb)
+export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
+export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
+export MALLOC_TOP_PAD_ ?= 67108864
 
 .PHONY: reproduce test install status notebooks check docs lab clean help
 
