@@ -8,7 +8,7 @@ __all__ = ['NO_AUGMENT', 'HEADS', 'RECIPES', 'uniforms', 'AugmentConfig', 'augme
            'embed_store', 'verify_network', 'held_out_pairs', 'RecognitionTrainer', 'batch', 'rate_at', 'train_step',
            'fit', 'TrainResult', 'save_result', 'load_run', 'plot_result', 'cached_training']
 
-# %% ../../nbs/74_train.ipynb #d3126862
+# %% ../../nbs/74_train.ipynb #8994b6a1
 import contextlib, dataclasses, math, os, time, warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..config import from_dict, from_yaml, to_yaml
 from ..core import ConfigError, DataError, atomic_path, best_device, cache_dir, content_key, derive_seed, fast_bfloat16, progress, read_json, rng, thread_count, write_json, write_text
 from ..data.images import fit_image
 from ..data.records import Records, source_rows
+from ..data.jobs import shared_fit
 from ..data.store import PixelStore
 from ..extraction.embed import prefetched
 from ..loop import EMA, Checkpoints, JsonLog, LossGuard, batch_rows, disk_error, read_log, schedule, steps_per_epoch, writable_folder
@@ -673,7 +674,7 @@ def plot_result(result:TrainResult):
         b.set(xlabel="epoch", ylabel="per cent", ylim=(0, 100), title="pairs of other people"); b.legend()
     return fig
 
-# %% ../../nbs/74_train.ipynb #179f3f60
+# %% ../../nbs/74_train.ipynb #7843d105
 def _code_key() -> str:
     "A hash of the modules that a training depends on."
     import importlib.util
@@ -685,10 +686,10 @@ def _code_key() -> str:
 def cached_training(config:TrainConfig, records:Records,
                     validation=None, # `Pairs` of other people
                     device=None) -> TrainResult:
-    "The training of a configuration on records: read if it is finished, continued if it was begun."
+    "The training of a configuration on records, shared by as many processes as `process_count` says: read if it is finished, continued if it was begun."
     names = records.table["image"].astype(str).to_numpy(str)
     some = np.stack([records.pixels(int(i)) for i in np.unique(np.linspace(0, len(records) - 1, 32).astype(int))])
     watched = "" if validation is None else [validation.left, validation.right]
     folder = cache_dir("recognition")/content_key(_code_key(), asdict(config), names, records.codes, some, *watched)
     if (folder/"result.json").exists(): return load_run(folder)
-    return RecognitionTrainer(config, records, validation, folder, device=device).fit()
+    return shared_fit(RecognitionTrainer, config, records, folder, validation=validation, device=None if device is None else str(device))
