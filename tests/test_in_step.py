@@ -153,3 +153,8 @@ def test_page_is_fit_to_read(path):
     for cell in code:
         if "#| export" in cell.source:
             assert cell.source.count("\n") <= 60, cell.source[:80]
+
+
+def test_makefile_and_pipeline_keep_the_same_memory():
+    from hyperface.pipeline import MALLOC
+    assert dict(re.findall(r"(?m)^export (MALLOC_\w+) \?= (\d+)$", (ROOT / "Makefile").read_text())) == MALLOC
