@@ -398,7 +398,7 @@ def inspect_(args) -> int:
     for kind, (share, limit) in over.items(): print(f"{kind}: {share:.2%}, more than {limit:.2%}")
     return int(bool(over) and args.strict)
 
-# %% ../nbs/91_cli.ipynb #94dbc71a
+# %% ../nbs/91_cli.ipynb #14afca85
 @command("what moved between two runs beyond its interval; status 1 if something did, or is missing", _arg("a", metavar="A", help="a report folder, or its results.parquet"), _arg("b", metavar="B", help="another"),
          _arg("--csv", default=None, help="every value with its verdict"), _arg("--html", default=None, help="a page that needs no network"), _arg("--most", type=int, default=30, help="lines shown"),
          _arg("--strict", action="store_true", help="status 1 at any difference, also within intervals, without interval, or new"))
@@ -417,7 +417,7 @@ def compare(args) -> int:
 @command("what a profile will need before it is started: data, weights, disk, memory, hours a step", _arg("--profile", default="full", help="smoke, quick, study, full, or a YAML file"), _arg("--data", default="", help="folder of real data (default: HYPERFACE_DATA)"),
          _arg("--models", default="", help="folder of ONNX models (default: HYPERFACE_MODELS)"), _arg("--measure", action="store_true", help="measure this machine's rates now, some seconds for each kind of work"),
          _arg("--seconds", type=float, default=2., help="of a probe"), _arg("--last", default="reports/quick", help="report whose step times serve where nothing is measured"),
-         _arg("--tflops", type=float, default=312., help="of the GPU, as its maker states it"), _arg("--share", type=float, default=.3, help="of the TFLOPS, assumed to be reached"), _arg("--csv", default=None, help="the table of steps"))
+         _arg("--tflops", type=float, default=None, help="of a GPU, as its maker states it: arithmetic instead of measured rates"), _arg("--share", type=float, default=.3, help="of the TFLOPS, assumed to be reached"), _arg("--csv", default=None, help="the table of steps"))
 def plan(args) -> int:
     "0 if everything is there, 1 if data, weights or space are missing."
     from hyperface.core import project_root, write_text

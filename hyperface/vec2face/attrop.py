@@ -194,7 +194,7 @@ class AttrOPResult:
 
 REASONS = ("converged", "max_steps", "identity", "not finite")
 
-# %% ../../nbs/63_attrop.ipynb #fb5c9fa8
+# %% ../../nbs/63_attrop.ipynb #ae99d479
 class _Walk:
     "The state of all samples."
     def __init__(self, paint, network, targets, x, home, o): # o: options of `attrop` by name
@@ -208,7 +208,7 @@ class _Walk:
         self.best = dict(x=x.clone(), similarity=nan(n), errors=nan(n, t), readings=nan(n, t), step=torch.zeros(n, dtype=torch.long))
         self.kept, self.excess, self.images = torch.zeros(n, dtype=torch.bool), torch.full((n,), math.inf), None
     def project(self, x, rows): # (n, D): what the generator is given
-        return F.normalize(x, dim=1)*self.norm[rows] if self.o["keep_norm"] else x
+        return F.normalize(x, dim=1)*self.norm[rows].to(x.device) if self.o["keep_norm"] else x
     def look(self, rows) -> dict:
         "Faces, similarities, errors and the number to minimise, with their graph."
         x = self.x[rows].to(self.o["device"]).requires_grad_()
