@@ -57,7 +57,7 @@ def from_yaml(kind, path:str|Path):
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path} is not plain YAML: {e}") from e
     return from_dict(kind, values or {}, "")
 
-# %% ../nbs/01_config.ipynb #4356da14
+# %% ../nbs/01_config.ipynb #ecc322bb
 @dataclass(frozen=True)
 class Profile:
     "How much of everything a run does."
@@ -98,7 +98,7 @@ PROFILES = {p.name: p for p in (
             packing_steps=15, published_steps=5, gallery=200, lfw_protocol="pairs_600", attribute_images=40, rendered_pairs=100, bootstrap=50,
             train_recipe="cpu_smoke", train_identities=24, train_per_identity=8, test_identities=16, test_per_identity=8, test_pairs=300, stability_steps=4,
             gan_kimg=.32, gan_images=(40, 80), gan_continue=.032, gan_eval=60, gan_scratch=.16, judge_identities=40, judge_epochs=1),
-    Profile("quick", packing_steps=30, published_steps=10, train_identities=160, stability_steps=40, gan_kimg=3.),
+    Profile("quick", packing_steps=30, published_steps=10, train_identities=160, train_per_identity=12, stability_steps=30, gan_kimg=2.5, judge_identities=1_000),
     Profile("real", photo_epochs=.8),
     Profile("study", seeds=3, rendered_identities=400, rendered_per_identity=12, linear_identities=500, published_steps=40,
             attribute_images=1_500, bootstrap=1_000, train_identities=240, test_identities=100, test_pairs=10_000, stability_steps=100,

@@ -9,7 +9,7 @@ import pytest
 from hyperface.config import PROFILES, Profile
 from hyperface.core import ConfigError, DataError
 from hyperface.pipeline import find_steps
-from hyperface.report.plan import WORK, Work, _pass, data_needs, growth, last_times, measure, operations, plan, space, training_bytes
+from hyperface.report.plan import GPU_PROBES, WORK, Work, _pass, data_needs, gpu_rates, growth, last_times, measure, operations, plan, scaled_rate, space, training_bytes
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_without_measurement_there_is_a_dash_not_a_number(steps, tmp_path):
     found = plan("full", steps)
     assert found.steps.cpu_low.isna().all() and set(found.steps.basis) == {"not measured"} and not found.rates
     text = found.text()
-    assert "No rate is known" in text and "NOT measured" in text and "CPU –" in text
+    assert "No rate is known" in text and "not on this machine" in text and "CPU –" in text
 
 
 def test_an_earlier_run_gives_measured_seconds_times_growth(steps, tmp_path):
@@ -101,6 +101,36 @@ def test_gpu_hours_are_arithmetic_and_never_for_pages_that_ask_for_the_cpu(steps
         if 'device="cpu"' in step.code:
             assert math.isnan(slow[name])
     assert math.isnan(slow["e2_packing"])
+
+
+def test_gpu_hours_rest_on_shipped_rates_and_say_of_which_card(steps):
+    known, full = gpu_rates(), PROFILES["full"]
+    found = plan("full", steps); table = found.steps.set_index("step")
+    assert known["gpu"] in found.text() and known["time"][:10] in found.text()
+    works = [w for w in WORK["e13_additions"](full) if w.kind in GPU_PROBES]
+    assert table.gpu["e13_additions"] == pytest.approx(sum(w.amount*known["rates"][w.unit] for w in works)/3600) and not table.gpu_scaled["e13_additions"]
+    assert table.gpu["e2_packing"] > 0 and math.isnan(table.gpu["e1_rendered_faces"])        # rendering and ONNX models run on the processor
+    for name, step in steps.items():
+        if 'device="cpu"' in step.code:
+            assert math.isnan(table.gpu[name])
+
+
+def test_a_rate_of_another_size_is_scaled_upwards_only():
+    rates = {("gan", 64, "cpu64 64"): 2., ("recogniser", 40, "cpu_quick"): 1.}
+    assert scaled_rate(("gan", 64, "cpu64 64"), rates) == (2., True)
+    assert scaled_rate(("gan", 16, "cpu16 16"), rates) == (2., False)                        # a smaller network keeps a GPU waiting as long
+    more, own = scaled_rate(("recogniser", 112, "vec2face"), rates)
+    assert not own and more == pytest.approx(operations("recogniser", 112, "vec2face")/operations("recogniser", 40, "cpu_quick"))
+    assert math.isnan(scaled_rate(("pack", 100, ""), rates)[0])
+
+
+def test_a_gpu_that_is_not_there_cannot_be_measured(monkeypatch):
+    import torch
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="No CUDA device"):
+        measure(("pack", 2000, ""), .1, "cuda")
+    with pytest.raises(ConfigError, match="no probe for this work on cuda"):
+        measure(("render", 40, ""), .1, "cuda")
 
 
 def test_probes_measure_the_time_that_passes(steps):
