@@ -48,9 +48,9 @@ def test_counts_of_the_heads_restated():
 
 def test_counts_of_the_additions_restated():
     rendered, shown = WORK["e13_additions"](PROFILES["quick"])
-    assert shown.amount == (9 + 2)*1*4*80*16 and shown.size == 40           # rows (one is twice as long), seeds, passes, people, pictures: 80 steps of 64 a row
+    assert shown.amount == (9 + 2)*1*4*64*12 and shown.size == 40           # rows (one is twice as long), seeds, passes, people, pictures: 48 steps of 64 a row
     assert WORK["e13_additions"](PROFILES["study"])[1].amount == (9 + 2)*3*6*120*16
-    assert rendered.amount == (200 + 20)*16 + 60*15
+    assert rendered.amount == (160 + 16)*12 + 60*15
 
 
 def test_counts_of_fairness_and_of_the_sweeps_restated():
