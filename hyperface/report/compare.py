@@ -109,7 +109,7 @@ class Comparison:
             rows[what] = [f"{pairs[f'{what}_a'][t]} → {pairs[f'{what}_b'][t]}" if t in pairs.index else "same" for t in rows.index]
         return rows.reset_index().rename_axis(columns=None)
 
-# %% ../../nbs/85_compare.ipynb #f6767762
+# %% ../../nbs/85_compare.ipynb #82ad40be
 def notes(self) -> list[str]:
     "The counts and what has to be known to read them, a sentence a line."
     c, (a, b) = self.counts, self.origins
@@ -117,7 +117,7 @@ def notes(self) -> list[str]:
     said = [f"{compared:,} compared: {c['beyond']:,} beyond the interval, {c['changed, no interval']:,} changed without interval, {c['within']:,} within, {c['unchanged']:,} unchanged; {c['new']:,} new, {c['missing']:,} missing."]
     moving = c["beyond"] + c["within"]
     if a["seed"] == b["seed"] and a["profile"] == b["profile"]: said.append(f"Both runs have seed {', '.join(a['seed']) or 'unknown'}: they are not independent, and a difference is one of code, data or machine, not of chance.")
-    elif moving: said.append(f"Of {moving:,} values with intervals that are not equal about {.05*moving:.0f} would lie beyond by chance (5 %); values of one table move together.")
+    elif moving: said.append(f"Of {moving:,} values with intervals that are not equal about {.05*moving:.0f} would lie beyond by chance (5 %); values of one table move together, and an interval over test people does not hold what another training would change.")
     if a["profile"] != b["profile"]: said.append(f"The profiles differ: {', '.join(a['profile'])} and {', '.join(b['profile'])}.")
     told = self.tables()
     if len(other := told[told["data"] != "same"]): said.append(f"Computed on other data: {', '.join(other['table'])}.")
