@@ -336,17 +336,18 @@ def build_head(config:TrainConfig, n_classes:int) -> MarginHead:
     if c.scale is not None: options["s"] = c.scale
     return MarginHead(c.embedding_dim, n_classes, make_margin(c.head, **options), sample_rate=c.sample_rate, seed=c.seed)
 
-# %% ../../nbs/74_train.ipynb #b5154461
+# %% ../../nbs/74_train.ipynb #bb1f9a23
 @torch.no_grad()
 def embed_store(network,           # (B, 3, H, W) -> (B, D); a Recogniser or any module
                 store:PixelStore,  # of N images
                 flip:bool=True,    # add the features of the mirror image
                 batch:int=256,     # images at a time
-                device="cpu",
+                device=None,       # None: where the network is
                 ) -> np.ndarray:   # (N, D) float32, unit norm
     "Unit vectors of all images."
     from hyperface.extraction.embed import unit_rows
     embed, was, parts = getattr(network, "embed", network), network.training, []
+    if device is None: device = next((p.device for p in network.parameters()), "cpu")
     network.eval()
     try:
         for start in range(0, len(store), batch):
@@ -358,7 +359,7 @@ def embed_store(network,           # (B, 3, H, W) -> (B, D); a Recogniser or any
     return unit_rows(np.concatenate(parts))
 
 def verify_network(network, pairs, # `Pairs`, already compact
-                   store:PixelStore, device="cpu", batch:int=256) -> dict: # accuracy, eer, tar (at FAR 1 %)
+                   store:PixelStore, device=None, batch:int=256) -> dict: # accuracy, eer, tar (at FAR 1 %)
     "Verification of a network on pairs: accuracy over folds where there are several, EER, TAR at FAR 1 %."
     scores = pairs.scores(embed_store(network, store, device=device, batch=batch))
     curve = roc(scores, pairs.labels)
@@ -674,7 +675,7 @@ def plot_result(result:TrainResult):
         b.set(xlabel="epoch", ylabel="per cent", ylim=(0, 100), title="pairs of other people"); b.legend()
     return fig
 
-# %% ../../nbs/74_train.ipynb #7843d105
+# %% ../../nbs/74_train.ipynb #fe71e7ab
 def _code_key() -> str:
     "A hash of the modules that a training depends on."
     import importlib.util
@@ -691,5 +692,7 @@ def cached_training(config:TrainConfig, records:Records,
     some = np.stack([records.pixels(int(i)) for i in np.unique(np.linspace(0, len(records) - 1, 32).astype(int))])
     watched = "" if validation is None else [validation.left, validation.right]
     folder = cache_dir("recognition")/content_key(_code_key(), asdict(config), names, records.codes, some, *watched)
-    if (folder/"result.json").exists(): return load_run(folder)
-    return shared_fit(RecognitionTrainer, config, records, folder, validation=validation, device=None if device is None else str(device))
+    if not (folder/"result.json").exists(): shared_fit(RecognitionTrainer, config, records, folder, validation=validation, device=None if device is None else str(device))
+    result = load_run(folder)                     # also what was just trained: a later run that finds it computes the same to the last bit
+    result.network.to(best_device(device), memory_format=torch.channels_last)
+    return result
