@@ -84,6 +84,18 @@ def test_a_killed_run_continues(runs):
     assert shards[0].stat().st_mtime_ns == keep
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+@pytest.mark.parametrize("kept", [0, .5])
+def test_a_shard_that_was_cut_off_is_rendered_again(runs, suffix, kept):
+    first = render_faces(70, 4, size=24, seed=4)
+    images, yaw = pixels(first), first.table["yaw"].to_numpy()
+    path = sorted((runs / "cache" / "rendered").rglob("shard-*" + suffix))[1]
+    del first
+    os.truncate(path, int(kept * path.stat().st_size))
+    again = render_faces(70, 4, size=24, seed=4)
+    assert (pixels(again) == images).all() and (again.table["yaw"].to_numpy() == yaw).all()
+
+
 def test_a_script_without_main_guard_may_use_processes(runs, tmp_path):
     script = tmp_path / "script.py"
     script.write_text("from hyperface.data.rendered import render_faces\nprint(len(render_faces(60, 5, size=16, processes=2)))\n")

@@ -356,6 +356,17 @@ def cli(capsys, *words: str):
     return code, *capsys.readouterr()
 
 
+@pytest.mark.parametrize("name", ["result.json", "config.yaml", "head.safetensors", "model.safetensors", "log.jsonl"])
+def test_a_kept_training_that_was_cut_off_is_made_again(tmp_path, monkeypatch, name):
+    import hyperface.recognition.train as module
+    monkeypatch.setenv("HYPERFACE_RUNS", str(tmp_path))
+    first = module.cached_training(TINY, patches())
+    path, = tmp_path.rglob(name)
+    os.truncate(path, path.stat().st_size // 2)
+    again = module.cached_training(TINY, patches())
+    assert all(torch.equal(a, b) for a, b in zip(first.network.state_dict().values(), again.network.state_dict().values()))
+
+
 def test_train_and_export_as_commands(tmp_path, capsys):
     data, out = tmp_path / "faces", tmp_path / "run"
     patches(10, 8).save(data)

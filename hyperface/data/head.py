@@ -34,27 +34,27 @@ def chart(resolution:int, # texels on a side
     q = u*u + v*v
     return t, torch.stack([2*u, 2*v, 1 - q])/(1 + q)                  # (3, R, R)
 
-# %% ../../nbs/11a_head.ipynb #1416b7e1
+# %% ../../nbs/11a_head.ipynb #69bc4c87
 # name: (mean, standard deviation, men minus women, child minus adult, at eighty minus at thirty)
 SHAPE = dict(
-    head_width=(.715, .022, .010, -.005, 0), head_top=(1.185, .03, .01, .02, 0), head_low=(1.20, .03, .035, -.16, .05), head_depth=(.93, .015, 0, 0, 0),
-    eye_x=(.176, .007, .002, .014, -.006), eye_size=(.103, .005, -.008, .016, -.008), eye_open=(.0297, .0034, -.0175, .008, -.006),
-    eye_tilt=(.06, .035, -.034, 0, -.08), eye_depth=(.056, .010, .008, -.022, .014), lid_fold=(.022, .005, -.008, 0, -.004),
-    brow_y=(.104, .007, -.020, .012, -.013), brow_thick=(.0166, .003, .0150, -.004, .001), brow_arch=(.016, .006, -.022, 0, -.004), brow_ridge=(.013, .010, .036, -.016, .002),
-    nose_length=(-.157, .009, -.004, .020, .006), nose_width=(.063, .0060, .012, -.004, .005), nose_height=(.130, .018, .036, -.060, .012),
-    nose_bridge=(.073, .020, .022, -.050, 0), nose_hump=(.002, .011, .006, -.006, .004), nose_tip=(.043, .006, .002, .003, .003),
-    mouth_y=(-.331, .010, -.022, .024, -.022), mouth_width=(.129, .009, .000, -.014, 0), lip_upper=(.0270, .0042, -.0065, .001, -.0095), lip_lower=(.0350, .0050, -.0055, .001, -.007),
-    lip_forward=(.036, .012, -.010, .004, -.014), chin_y=(-.592, .015, -.014, .075, -.008), chin_width=(.102, .018, .026, -.012, .020), chin_forward=(.120, .020, .014, -.060, .008),
-    jaw=(.004, .016, .056, -.050, .020), cheekbone=(.036, .014, -.006, -.015, .012), cheek=(.020, .018, -.008, .085, -.065), forehead=(.012, .022, -.014, .055, -.008),
-    temple=(-.015, .010, -.003, .012, -.012), muzzle=(.112, .012, .003, -.010, 0), jowl=(0, .006, .002, .006, .036), weight=(.0, .030, .0, .010, -.010), ear_out=(.34, .10, .03, .08, .03), ear_size=(1.0, .09, .05, -.06, .12))
+    head_width=(.715, .022, .012, -.0065, 0), head_top=(1.185, .03, .012, .026, 0), head_low=(1.20, .03, .042, -.208, .05), head_depth=(.93, .015, 0, 0, 0),
+    eye_x=(.176, .007, .0024, .0182, -.006), eye_size=(.103, .005, -.0096, .0208, -.008), eye_open=(.0297, .0034, -.021, .0104, -.006),
+    eye_tilt=(.06, .035, -.0408, 0, -.08), eye_depth=(.056, .010, .0096, -.0286, .014), lid_fold=(.022, .005, -.0096, 0, -.004),
+    brow_y=(.104, .007, -.024, .0156, -.013), brow_thick=(.0166, .003, .018, -.0052, .001), brow_arch=(.016, .006, -.0264, 0, -.004), brow_ridge=(.013, .010, .0432, -.0208, .002),
+    nose_length=(-.157, .009, -.0048, .026, .006), nose_width=(.063, .0060, .0144, -.0052, .005), nose_height=(.130, .018, .0432, -.078, .012),
+    nose_bridge=(.073, .020, .0264, -.065, 0), nose_hump=(.002, .011, .0072, -.0078, .004), nose_tip=(.043, .006, .0024, .0039, .003),
+    mouth_y=(-.331, .010, -.0264, .0312, -.022), mouth_width=(.129, .009, 0, -.0182, 0), lip_upper=(.0270, .0042, -.0078, .0013, -.0095), lip_lower=(.0350, .0050, -.0066, .0013, -.007),
+    lip_forward=(.036, .012, -.012, .0052, -.014), chin_y=(-.592, .015, -.0168, .0975, -.008), chin_width=(.102, .018, .0312, -.0156, .020), chin_forward=(.120, .020, .0168, -.078, .008),
+    jaw=(.004, .016, .0672, -.065, .020), cheekbone=(.036, .014, -.0072, -.0195, .012), cheek=(.020, .018, -.0096, .1105, -.065), forehead=(.012, .022, -.0168, .0715, -.008),
+    temple=(-.015, .010, -.0036, .0156, -.012), muzzle=(.112, .012, .0036, -.013, 0), jowl=(0, .006, .0024, .0078, .036), weight=(.0, .030, 0, .013, -.010), ear_out=(.34, .10, .036, .104, .03), ear_size=(1.0, .09, .06, -.078, .12))
 RESIDUALS = 12    # unnamed bumps at fixed places: what makes a face individual beyond the named features
 
-# %% ../../nbs/11a_head.ipynb #c8820ea1
+# %% ../../nbs/11a_head.ipynb #6de49ffd
 ACTIONS = dict(au1="inner brows up", au2="outer brows up", au4="brows down and together", au5="upper lids up", au6="cheeks up", au7="lids tight", au9="nose wrinkled",
     au10="upper lip up", au12="lip corners up", au14="one corner up (dimple)", au15="lip corners down", au17="chin up", au20="lips stretched", au23="lips pressed", au25="lips parted", au26="jaw dropped")
-EXPRESSIONS = dict(neutral={}, happy=dict(au6=1.1, au12=1.15, au25=.75, au7=.3, au26=-.12, au1=-.15), sad=dict(au1=1.25, au2=-.3, au15=1.15, au17=.8, au4=.5, au5=-.55, au7=.3, au23=.2),
-    surprise=dict(au1=1.1, au2=1.2, au5=1.25, au25=.55, au26=1.2, au20=-.2), fear=dict(au1=1.3, au2=-.1, au4=1.25, au5=1.3, au20=1.35, au25=.2, au15=.75, au7=-.2),
-    anger=dict(au4=1.7, au1=-.4, au5=.25, au7=.9, au23=1.15, au17=.5, au9=.6, au15=.75), disgust=dict(au9=1.3, au10=1.2, au4=1.2, au7=1.0, au6=.3, au15=.6, au12=-.35, au25=.55, au26=.3),
+EXPRESSIONS = dict(neutral={}, happy=dict(au6=1.15, au12=1.12, au25=.68, au26=-.15, au4=-.25), sad=dict(au1=1.25, au2=-.3, au15=1.15, au17=.8, au4=.5, au5=-.55, au7=.3, au23=.2),
+    surprise=dict(au1=1.2, au2=1.05, au5=1.3, au25=.5, au26=1.3, au20=-.45, au4=-.2), fear=dict(au1=1.3, au2=-.1, au4=1.25, au5=1.3, au20=1.35, au25=.2, au15=.75, au7=-.2),
+    anger=dict(au4=1.8, au1=-.35, au5=.35, au7=1.15, au23=1.3, au17=.5, au9=.4, au15=.6), disgust=dict(au9=.9, au10=1.3, au4=.12, au7=1.1, au6=.05, au12=.1, au17=1.0, au23=1.0, au25=.65, au26=.35, au1=-.4, au5=-.55),
     contempt=dict(au14=1, au12=.1, au2=.25, au7=.2))
 
 def action_vector(expression:str, # a name of `EXPRESSIONS`

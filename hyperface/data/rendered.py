@@ -8,7 +8,7 @@ __all__ = ['LOOKS', 'DIMENSIONS', 'VARIETY', 'GENDERS', 'GROUPS', 'SHIFTS', 'CON
            'check_conditions', 'draw_conditions', 'parameters', 'p_', 'render', 'ShardSource', 'code_key', 'apply_bias',
            'render_part', 'render_faces', 'broken']
 
-# %% ../../nbs/11_rendered.ipynb #05339061
+# %% ../../nbs/11_rendered.ipynb #e56942cf
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from scipy.special import ndtr
 
@@ -226,7 +227,7 @@ def _hair(z, male, child, age, c, group, grey):
         part=np.where(z("part") > 0, 1, -1)*(.10 + .10*ndtr(z("part"))), sweep=sweep, side_low=np.where(long, 1.6, np.where(up, .06, .10 + .10*ndtr(z("hair_side")) + .12*(~man))), bald=bald, curl=curl, hair_side=side, hair_top=top, hair_cap=np.ones_like(age), hair_soft=.018 + .02*curl + .03*bald + .012*fringe/.17,
         buzz=np.clip(buzz + .5*(bald > .35), 0, 1), hair_long=length, hair_wide=.90 + .07*ndtr(z("hair_side")) + .12*curl, hair_open=.56 + .05*z("hair_top").clip(-1.5, 1.5) , wave=np.clip(.5 + .5*z("wave"), 0, 1.4)*(curl < .6), ear_cover=np.where(long, np.where(style > .35, 1., 0.), 0.), strand=grey)
 
-# %% ../../nbs/11_rendered.ipynb #a16db6c8
+# %% ../../nbs/11_rendered.ipynb #29778a7b
 def parameters(people:Identities, c:dict) -> dict:
     "Everything the renderer needs, as float32 tensors (B,): features after age, gender and group, then conditions."
     t = people.table; group, age0 = t["ethnicity"].to_numpy(), t["age"].to_numpy(float)
@@ -246,8 +247,8 @@ def parameters(people:Identities, c:dict) -> dict:
     beard = np.where(has, np.clip(1.1*z("beard") - .35, 0, 1.1), 0)*c["beard"]
     p.update(skin_tone=t["skin_tone"].to_numpy(float), redness=.30*z("redness")*(t["skin_tone"].to_numpy() < .6), yellow=.4 + .35*z("yellow") + .5*(group == "asian"), freckles=np.clip(.8*z("freckles") - .9, 0, 1.4)*(group == "white"), eye_bags=np.clip(.05*z("eye_bags") - .02 + .26*old, 0, .4),
         lip_red=np.clip(.3*z("lip_red") + .70*(1 - male) - .30*male - .3*old, -.8, .9), brow_dense=np.clip(.78 + .12*z("brow_dense") + .08*male - .30*child, .35, 1), brow_gap=.006*z("brow_gap"), brow_long=.012*z("brow_long"), beard=beard, moustache=np.where(has, np.clip(z("moustache") - .75, 0, 1.1), 0)*c["beard"], goatee=np.where(has, np.clip(z("goatee") - 1.0, 0, 1.1), 0)*c["beard"],
-        stubble=stubble, beard_dark=1 - np.clip(grey, 0, .8), beard_length=np.clip(np.maximum(np.maximum(beard, p_(z("moustache") - .75)), p_(z("goatee") - 1.0))*2*has, 0, 1), teeth=.031 + .003*z("teeth"), cupid=.0035 + .0015*z("cupid"), wrinkle=np.clip(old*1.15 - .06 + .10*z("wrinkle")*(age > 28), 0, 1.3), aged=np.clip(old, 0, 1.2), age_spots=np.clip((age - 55)/30, 0, 1)*.8, shine=.105 + .025*z("shine"),
-        lash=np.clip(.20 + 1.05*(1 - male)*(1 - .4*child) + .10*z("lash") + .35*c["makeup"], 0, 1.6), skin_offset=ndtr(z("offset")), skin_offset2=ndtr(z("offset2")), male=male, child=child, squint=.4*old, pupil=.40 + 0*old, lipstick=.75*np.clip(c["makeup"]*1.2, 0, 1)*np.ones_like(age), glasses_shape=r[:, 15], glasses_size=.92 + .2*r[:, 14], glasses_thick=np.where(r[:, 13] < .3 + .3*male, .020, .009), neckline=r[:, 12])
+        stubble=stubble, beard_dark=1 - np.clip(grey, 0, .8), beard_length=np.clip(np.maximum(np.maximum(beard, p_(z("moustache") - .75)), p_(z("goatee") - 1.0))*2*has, 0, 1), teeth=.031 + .003*z("teeth"), cupid=.0035 + .0015*z("cupid"), wrinkle=np.clip(old*1.5 - .06 + .10*z("wrinkle")*(age > 28), 0, 1.7), aged=np.clip(old, 0, 1.2), age_spots=np.clip((age - 55)/30, 0, 1)*.8, shine=.105 + .025*z("shine"),
+        lash=np.clip(.20 + 1.3*(1 - male)*(1 - .4*child) + .10*z("lash") + .35*c["makeup"], 0, 1.8), skin_offset=ndtr(z("offset")), skin_offset2=ndtr(z("offset2")), male=male, child=child, squint=.4*old, pupil=.40 + 0*old, lipstick=.75*np.clip(c["makeup"]*1.2, 0, 1)*np.ones_like(age), glasses_shape=r[:, 15], glasses_size=.92 + .2*r[:, 14], glasses_thick=np.where(r[:, 13] < .3 + .3*male, .020, .009), neckline=r[:, 12])
     for k in range(3): p.update({f"mole{k}": np.clip(z(f"mole{k}") - 1., 0, 1), f"mole{k}u": .36*(2*ndtr(z(f"mole{k}u")) - 1), f"mole{k}v": -.15 + .38*(2*ndtr(z(f"mole{k}v")) - 1)})
     names = "yaw pitch roll blink light_azimuth light_elevation light_strength light_temperature ambient backlight exposure contrast saturation glasses mask scarf hat hand makeup tan blush background distance blur noise jpeg".split()
     p.update({k: c[k] for k in names}, gaze_x=.026*c["gaze_x"], gaze_y=.016*c["gaze_y"])
@@ -330,11 +331,16 @@ def code_key() -> str:
     files = [Path(m.__file__) for m in (camera, hair, head, skin)] + [Path(__file__) if "__file__" in globals() else Path(camera.__file__).with_name("rendered.py")]
     return content_key(*[file_key(f) for f in files if f.exists()])
 
-# %% ../../nbs/11_rendered.ipynb #3d1b3ee4
+# %% ../../nbs/11_rendered.ipynb #e0e44dc6
+def _intact(path:Path, n:int) -> bool:
+    "Is a shard there, whole, with `n` images and labels? One that was cut off is rendered again."
+    try: return len(np.load(path, mmap_mode="r")) == n == pq.read_metadata(path.with_suffix(".parquet")).num_rows
+    except (OSError, ValueError, EOFError): return False                            # a broken footer is a ValueError, too
+
 def _shard(spec:dict, k:int, folder:Path) -> int:
     "Render one shard, unless it is there; returns the number of images."
     path = Path(folder)/_shard_name(k); first = k*SHARD; n = min(SHARD, spec["n_identities"]*spec["per_identity"] - first)
-    if path.exists() and path.with_suffix(".parquet").exists(): return n
+    if _intact(path, n): return n
     images, labels = render_part(spec, first, n)
     with atomic_path(path.with_suffix(".parquet")) as t: pd.DataFrame(labels).to_parquet(t, index=False)
     with atomic_path(path) as t, open(t, "wb") as f: np.save(f, images)
@@ -373,7 +379,7 @@ def render_part(spec:dict, first:int, n:int): # images (n, H, W, 3) uint8, label
     images, labels = render(people, c.assign(**spec["fixed"]), spec["size"], spec["align"], uint8=True)
     return images, dict(image=[f"{i:06d}/{j:04d}.png" for i, j in zip(number, (first + np.arange(n)) % per)], identity=number, **labels)
 
-# %% ../../nbs/11_rendered.ipynb #f9d81bde
+# %% ../../nbs/11_rendered.ipynb #adc6692d
 def render_faces(n_identities:int,     # how many people
                  per_identity:int,     # pictures of each
                  size:int=112,         # pixels on a side, 16 ... 512
@@ -399,7 +405,7 @@ def render_faces(n_identities:int,     # how many people
         return Records.from_arrays(images, name="rendered", **labels)
     draw_identities(1, seed, groups, genders, ages, spread=spread); draw_conditions(0, nuisance, seed)
     folder = cache_dir("rendered")/content_key(code_key(), spec); folder.mkdir(exist_ok=True)
-    todo = [k for k in range(-(-total//SHARD)) if not ((folder/_shard_name(k)).exists() and (folder/_shard_name(k)).with_suffix(".parquet").exists())]
+    todo = [k for k in range(-(-total//SHARD)) if not _intact(folder/_shard_name(k), min(SHARD, total - k*SHARD))]
     workers = processes or (1 if total < 400 else thread_count())
     workers = min(workers, max(1, len(todo)))
     with progress(desc="rendering", total=total, unit="face") as bar:

@@ -143,7 +143,7 @@ def _darker(more, absorb):
     "What a little more melanin leaves of the light; filled up to whole vectors, so that its bits depend on nothing else."
     n = len(more); return torch.exp(-absorb*F.pad(more, (0, -n % 64)))[:, :n]
 
-# %% ../../nbs/11b_skin.ipynb #2c7350d0
+# %% ../../nbs/11b_skin.ipynb #c605b36a
 def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3, H, W): blood, darkening, beard sampled
                seen:torch.Tensor, # (B, H, W) bool, where the head is
                ):                 # (albedo (3, N), fine noise (N,)), zero outside
@@ -166,7 +166,7 @@ def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3
         index, q = gather(where, p, LINES)
         if index is None: continue
         dark = lines(q, flat(u), flat(v), 0 if lines is _lower else clouds.index_select(0, index))
-        albedo.index_copy_(1, index, albedo.index_select(1, index)*torch.exp(dark*torch.tensor([-.75, -1., -1.05])[:, None]))
+        albedo.index_copy_(1, index, albedo.index_select(1, index)*torch.exp(dark*torch.tensor([-.90, -1.2, -1.26])[:, None]))
     return albedo, grain
 
 # %% ../../nbs/11b_skin.ipynb #d1da96a9

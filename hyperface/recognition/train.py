@@ -8,8 +8,8 @@ __all__ = ['NO_AUGMENT', 'HEADS', 'RECIPES', 'uniforms', 'AugmentConfig', 'augme
            'embed_store', 'verify_network', 'held_out_pairs', 'RecognitionTrainer', 'batch', 'rate_at', 'train_step',
            'fit', 'TrainResult', 'save_result', 'load_run', 'plot_result', 'cached_training']
 
-# %% ../../nbs/74_train.ipynb #8994b6a1
-import contextlib, dataclasses, math, os, time, warnings
+# %% ../../nbs/74_train.ipynb #fdc27399
+import contextlib, dataclasses, math, os, shutil, time, warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -632,7 +632,7 @@ class TrainResult:
         import pandas as pd
         return pd.DataFrame([self.summary()]).T.rename(columns={0: f"{self.config.backbone}, {self.config.head}"}).to_html(float_format="{:.4g}".format)
 
-# %% ../../nbs/74_train.ipynb #ceaa102f
+# %% ../../nbs/74_train.ipynb #987906a5
 def save_result(result:TrainResult, folder) -> Path:
     "Backbone as `save_pretrained` writes it, head, configuration, history."
     from safetensors.torch import save_file
@@ -650,15 +650,18 @@ def save_result(result:TrainResult, folder) -> Path:
 def load_run(folder # what `save` or a finished run wrote
              ) -> TrainResult:
     "A finished run, read back; `DataError` names what is missing."
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = Path(folder)
     for name in ("result.json", "config.yaml", "head.safetensors"):
         if not (folder/name).is_file(): raise DataError(f"{folder} holds no finished training: {name} is missing", None, "hyperface train -o FOLDER finishes or starts one")
-    about, config = read_json(folder/"result.json"), from_yaml(TrainConfig, folder/"config.yaml")
-    network = Recogniser(config, about["n_classes"])
-    network.backbone = from_pretrained(folder)
-    network.load_state_dict({f"backbone.{k}": v for k, v in network.backbone.state_dict().items()} | load_file(folder/"head.safetensors"))
-    return TrainResult(config, network.eval(), read_log(folder/"log.jsonl"), *(about[k] for k in ("n_classes", "n_images", "precision", "steps", "total", "skipped")))
+    try:
+        about, config = read_json(folder/"result.json"), from_yaml(TrainConfig, folder/"config.yaml")
+        network = Recogniser(config, about["n_classes"])
+        network.backbone = from_pretrained(folder)
+        network.load_state_dict({f"backbone.{k}": v for k, v in network.backbone.state_dict().items()} | load_file(folder/"head.safetensors"))
+        return TrainResult(config, network.eval(), read_log(folder/"log.jsonl"), *(about[k] for k in ("n_classes", "n_images", "precision", "steps", "total", "skipped")))
+    except (ConfigError, KeyError, RuntimeError, SafetensorError, ValueError) as e: raise DataError(f"The training in {folder} is damaged: {e}", None, "Delete the folder and train again") from e
 
 def plot_result(result:TrainResult):
     "Loss and learning rate over the steps; verification where it was measured."
@@ -675,7 +678,7 @@ def plot_result(result:TrainResult):
         b.set(xlabel="epoch", ylabel="per cent", ylim=(0, 100), title="pairs of other people"); b.legend()
     return fig
 
-# %% ../../nbs/74_train.ipynb #fe71e7ab
+# %% ../../nbs/74_train.ipynb #01f95685
 def _code_key() -> str:
     "A hash of the modules that a training depends on."
     import importlib.util
@@ -692,7 +695,9 @@ def cached_training(config:TrainConfig, records:Records,
     some = np.stack([records.pixels(int(i)) for i in np.unique(np.linspace(0, len(records) - 1, 32).astype(int))])
     watched = "" if validation is None else [validation.left, validation.right]
     folder = cache_dir("recognition")/content_key(_code_key(), asdict(config), names, records.codes, some, *watched)
-    if not (folder/"result.json").exists(): shared_fit(RecognitionTrainer, config, records, folder, validation=validation, device=None if device is None else str(device))
-    result = load_run(folder)                     # also what was just trained: a later run that finds it computes the same to the last bit
+    train = lambda: shared_fit(RecognitionTrainer, config, records, folder, validation=validation, device=None if device is None else str(device))
+    if not (folder/"result.json").exists(): train()
+    try: result = load_run(folder)                # also what was just trained: a later run that finds it computes the same to the last bit
+    except DataError: shutil.rmtree(folder); train(); result = load_run(folder) # a damaged cache costs time, nothing else
     result.network.to(best_device(device), memory_format=torch.channels_last)
     return result
