@@ -6,7 +6,7 @@
 __all__ = ['HyperfaceError', 'DataError', 'MissingWeights', 'ConfigError', 'project_root', 'data_dir', 'models_dir', 'runs_dir',
            'cache_dir', 'find_model', 'derive_seed', 'rng', 'torch_rng', 'best_device', 'fast_bfloat16', 'cpu_count',
            'thread_count', 'set_threads', 'atomic_path', 'write_bytes', 'write_text', 'write_json', 'read_json',
-           'write_npz', 'read_npz', 'content_key', 'file_key', 'progress', 'git_commit', 'package_versions',
+           'write_npz', 'read_npz', 'kept_npz', 'content_key', 'file_key', 'progress', 'git_commit', 'package_versions',
            'provenance']
 
 # %% ../nbs/00_core.ipynb #59b61cea
@@ -180,7 +180,7 @@ def write_text(path:str|Path, content:str) -> Path:
     "Write UTF-8 text atomically."
     return write_bytes(path, content.encode())
 
-# %% ../nbs/00_core.ipynb #a0d69ed0
+# %% ../nbs/00_core.ipynb #7bade5bf
 def _plain(x):
     "Numpy, paths and dataclasses as what JSON knows; not finite becomes None."
     if is_dataclass(x) and not isinstance(x, type): return _plain(asdict(x))
@@ -215,6 +215,13 @@ def read_npz(path:str|Path) -> dict[str, np.ndarray]:
     except FileNotFoundError: raise
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError) as e:
         raise DataError(f"{path} is not a readable .npz: {e}", None, "Delete it and compute it again") from e
+
+def kept_npz(path:str|Path, # in the cache
+             make,          # function without arguments that gives the arrays by name
+             ) -> dict[str, np.ndarray]:
+    "The arrays that are kept at `path`; where there are none, or the file is damaged, what `make()` gives, and that is kept."
+    try: return read_npz(path)
+    except (FileNotFoundError, DataError): write_npz(path, **make()); return read_npz(path)
 
 # %% ../nbs/00_core.ipynb #267af6a0
 def content_key(*parts) -> str: # 16 hexadecimal digits

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['schedule', 'EMA', 'JsonLog', 'read_log', 'Checkpoints', 'LossGuard', 'batch_rows', 'steps_per_epoch', 'stream_rows',
-           'writable_folder', 'disk_error', 'TickedTraining', 'average_gradients', 'descend', 'resume_run', 'fit_ticks']
+           'writable_folder', 'disk_error', 'TickedTraining', 'average_gradients', 'descend', 'cached_folder',
+           'resume_run', 'fit_ticks']
 
-# %% ../nbs/02_loop.ipynb #7334fef6
-import contextlib, json, math, time
+# %% ../nbs/02_loop.ipynb #26a6e257
+import contextlib, json, math, shutil, time, warnings
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -205,7 +206,7 @@ class TickedTraining:
         import pandas as pd
         return pd.DataFrame(self.history)
 
-# %% ../nbs/02_loop.ipynb #cc46ebcb
+# %% ../nbs/02_loop.ipynb #e100c503
 def average_gradients(module, ranks) -> bool: # torch module; `Ranks`
     "Average the gradients over the processes; whether they are finite."
     import torch
@@ -228,6 +229,16 @@ def descend(self, loss,    # scalar with a graph
         if clip: torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimiser.step()
     return value
+
+def cached_folder(folder, # of a run in the cache, named after its configuration
+                  config, # the configuration, a dataclass
+                  ) -> Path:
+    "The folder; emptied first if its `config.yaml` cannot be read or says something else, since then it is damaged."
+    folder = Path(folder); path = folder/"config.yaml"
+    try: sound = not path.exists() or asdict(from_yaml(type(config), path)) == asdict(config)
+    except (ConfigError, TypeError): sound = False
+    if not sound: warnings.warn(f"{folder} is damaged; what it kept is made again"); shutil.rmtree(folder)
+    return folder
 
 def resume_run(self) -> int: # steps that the newest checkpoint has behind it
     "Claim the folder for this configuration and put back what the newest checkpoint holds."

@@ -8,7 +8,7 @@ __all__ = ['NO_AUGMENT', 'HEADS', 'RECIPES', 'uniforms', 'AugmentConfig', 'augme
            'embed_store', 'verify_network', 'held_out_pairs', 'RecognitionTrainer', 'batch', 'rate_at', 'train_step',
            'fit', 'TrainResult', 'save_result', 'load_run', 'plot_result', 'cached_training']
 
-# %% ../../nbs/74_train.ipynb #fdc27399
+# %% ../../nbs/74_train.ipynb #94237d58
 import contextlib, dataclasses, math, os, shutil, time, warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..data.records import Records, source_rows
 from ..data.jobs import shared_fit
 from ..data.store import PixelStore
 from ..extraction.embed import prefetched
-from ..loop import EMA, Checkpoints, JsonLog, LossGuard, batch_rows, disk_error, read_log, schedule, steps_per_epoch, writable_folder
+from ..loop import EMA, Checkpoints, JsonLog, LossGuard, batch_rows, cached_folder, disk_error, read_log, schedule, steps_per_epoch, writable_folder
 from ..metrics.verification import eer, kfold_accuracy, roc, tar_at_far
 from .attention import group_loss
 from .backbones import create_model, from_pretrained, save_pretrained
@@ -678,7 +678,7 @@ def plot_result(result:TrainResult):
         b.set(xlabel="epoch", ylabel="per cent", ylim=(0, 100), title="pairs of other people"); b.legend()
     return fig
 
-# %% ../../nbs/74_train.ipynb #01f95685
+# %% ../../nbs/74_train.ipynb #cbc41fbd
 def _code_key() -> str:
     "A hash of the modules that a training depends on."
     import importlib.util
@@ -696,7 +696,7 @@ def cached_training(config:TrainConfig, records:Records,
     watched = "" if validation is None else [validation.left, validation.right]
     folder = cache_dir("recognition")/content_key(_code_key(), asdict(config), names, records.codes, some, *watched)
     train = lambda: shared_fit(RecognitionTrainer, config, records, folder, validation=validation, device=None if device is None else str(device))
-    if not (folder/"result.json").exists(): train()
+    if not (folder/"result.json").exists(): cached_folder(folder, config); train()
     try: result = load_run(folder)                # also what was just trained: a later run that finds it computes the same to the last bit
     except DataError: shutil.rmtree(folder); train(); result = load_run(folder) # a damaged cache costs time, nothing else
     result.network.to(best_device(device), memory_format=torch.channels_last)
