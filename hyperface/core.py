@@ -254,14 +254,14 @@ def progress(iterable=None, # what to walk through; None gives a bar to `update`
     quiet = os.environ.get("HYPERFACE_PROGRESS", "1") == "0" and not target
     return Bar(iterable, desc=desc, total=total, unit=unit, mininterval=.5, ncols=90 if target else None, dynamic_ncols=not target, leave=False, disable=quiet)
 
-# %% ../nbs/00_core.ipynb #3620ae07
-def git_commit() -> str|None: # short hash, with "+" if files differ from it; None outside a repository
+# %% ../nbs/00_core.ipynb #f407582a
+def git_commit() -> str|None: # short hash, with "+" if files other than reports differ from it; None outside a repository
     "The commit this package runs from."
     run = lambda *a: subprocess.run(["git", *a], cwd=project_root(), capture_output=True, text=True, timeout=10)
     try:
         head = run("rev-parse", "--short=10", "HEAD")
         if head.returncode: return None
-        dirty = run("status", "--porcelain", "--untracked-files=no").stdout.strip()
+        dirty = run("status", "--porcelain", "--untracked-files=no", "--", ":!reports").stdout.strip()     # a run rewrites the committed report
         return head.stdout.strip() + ("+" if dirty else "")
     except (OSError, subprocess.TimeoutExpired): return None
 

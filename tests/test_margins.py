@@ -629,7 +629,7 @@ def test_two_ranks_equal_one(tmp_path):
         assert torch.equal(join("weight"), head.weight)                     # the same centres, however they are spread
         assert all(torch.equal(p["whole"], head.weight) for p in parts)
         assert all(abs(p["loss"] - loss) < 1e-5 for p in parts)
-        assert torch.allclose(join("grad"), head.weight.grad, atol=1e-5)
+        assert (join("grad") - head.weight.grad).norm() <= 1e-6*head.weight.grad.norm()     # its largest entries are near 1,000, so that rounding alone is 1e-4
         assert torch.allclose(join("x"), x.grad, atol=1e-5)
         assert all(torch.allclose(p["backbone"], net.weight.grad, atol=1e-5) for p in parts)
         for key, value in head.named_buffers():
