@@ -174,17 +174,18 @@ def test_a_lowered_rate_rises_again_after_a_hundred_good_steps():
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 def test_two_processes_compute_what_one_computes(tmp_path):
-    RecognitionTrainer(replace(TINY, precision="float32"), patches(), folder=tmp_path / "one").fit()     # where bf16 is fast, "auto" takes it, and its sums depend on their order
+    calm = dict(precision="float32", lr=.01)     # where bf16 is fast, "auto" takes it, and its sums depend on their order; at TINY's rate rounding grows from step to step
+    RecognitionTrainer(replace(TINY, **calm), patches(), folder=tmp_path / "one").fit()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     base = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    both = [subprocess.Popen(command(tmp_path / "two", precision="float32"), env=base | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(2)]
+    both = [subprocess.Popen(command(tmp_path / "two", **calm), env=base | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(2)]
     assert [p.wait(timeout=300) for p in both] == [0, 0]
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(one) == len(two) == 18
     np.testing.assert_allclose(two[:3], one[:3], rtol=1e-5)
-    np.testing.assert_allclose(two, one, rtol=.05, atol=.005)          # rounding grows from step to step: where the loss is .05 of once 18, thousandths count, not twentieths
+    np.testing.assert_allclose(two, one, rtol=.05)
     assert load_run(tmp_path / "two").n_classes == 8
 
 

@@ -7,7 +7,7 @@ __all__ = ['LINEAR_VERSION', 'Embeddings', 'unit_rows', 'as_input', 'Embedder', 
            'probe_images', 'fit_linear', 'LinearEmbedder', 'linear_embedder', 'pack_folders', 'find_recognition',
            'load_embedder', 'prefetched', 'embed_records']
 
-# %% ../../nbs/21_embed.ipynb #814e4bf8
+# %% ../../nbs/21_embed.ipynb #054ed114
 import os, warnings
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import (ConfigError, DataError, MissingWeights, atomic_path, cache_dir, content_key, cpu_count, data_dir, thread_count, file_key, find_model,
-                            models_dir, progress, read_npz, write_npz)
+                            kept_npz, models_dir, progress, read_npz, write_npz)
 
 # %% ../../nbs/21_embed.ipynb #dbb2c629
 class Embeddings:
@@ -335,7 +335,7 @@ class LinearEmbedder(Embedder):
         return x.reshape(len(x), 3, cls.grid, k, cls.grid, k).mean((3, 5)).reshape(len(x), -1)
     def features(self, x): return (self.pixels(x) - self.mean) @ self.matrix
 
-# %% ../../nbs/21_embed.ipynb #4a312e78
+# %% ../../nbs/21_embed.ipynb #a307cdee
 def linear_embedder(n_identities:int=400, # rendered identities to fit on
                     per_identity:int=5,   # images of each
                     seed:int=0,           # of the rendering
@@ -344,13 +344,12 @@ def linear_embedder(n_identities:int=400, # rendered identities to fit on
     "The linear embedder, fitted on rendered faces the first time and kept in `runs/cache/linear`."
     from hyperface.data.rendered import code_key, render_faces
     path = cache_dir("linear")/f"linear-{content_key(code_key(), LINEAR_VERSION, n_identities, per_identity, seed)}.npz"
-    try: kept = read_npz(path); return LinearEmbedder(kept["mean"], kept["matrix"], flip)
-    except (FileNotFoundError, DataError, KeyError): pass
-    faces = render_faces(n_identities, per_identity, size=56, seed=seed)          # half the size: the average is nearly the same, the time a quarter
-    rows = np.concatenate([LinearEmbedder.pixels(x) for _, x in faces.batches(256)])
-    mean, matrix = fit_linear(rows, faces.table["identity"].to_numpy())
-    write_npz(path, mean=mean, matrix=matrix)
-    return LinearEmbedder(mean, matrix, flip)
+    def fitted():
+        faces = render_faces(n_identities, per_identity, size=56, seed=seed)      # half the size: the average is nearly the same, the time a quarter
+        rows = np.concatenate([LinearEmbedder.pixels(x) for _, x in faces.batches(256)])
+        return dict(zip(("mean", "matrix"), fit_linear(rows, faces.table["identity"].to_numpy())))
+    kept = kept_npz(path, fitted)
+    return LinearEmbedder(kept["mean"], kept["matrix"], flip)
 
 LINEAR_VERSION = 2 # changes when the fit changes, so that an old cache is not taken
 

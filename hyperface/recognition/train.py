@@ -632,7 +632,7 @@ class TrainResult:
         import pandas as pd
         return pd.DataFrame([self.summary()]).T.rename(columns={0: f"{self.config.backbone}, {self.config.head}"}).to_html(float_format="{:.4g}".format)
 
-# %% ../../nbs/74_train.ipynb #987906a5
+# %% ../../nbs/74_train.ipynb #6f92ba6e
 def save_result(result:TrainResult, folder) -> Path:
     "Backbone as `save_pretrained` writes it, head, configuration, history."
     from safetensors.torch import save_file
@@ -661,7 +661,9 @@ def load_run(folder # what `save` or a finished run wrote
         network.backbone = from_pretrained(folder)
         network.load_state_dict({f"backbone.{k}": v for k, v in network.backbone.state_dict().items()} | load_file(folder/"head.safetensors"))
         return TrainResult(config, network.eval(), read_log(folder/"log.jsonl"), *(about[k] for k in ("n_classes", "n_images", "precision", "steps", "total", "skipped")))
-    except (ConfigError, KeyError, RuntimeError, SafetensorError, ValueError) as e: raise DataError(f"The training in {folder} is damaged: {e}", None, "Delete the folder and train again") from e
+    except (KeyError, RuntimeError, SafetensorError, ValueError) as e:
+        if isinstance(e, RuntimeError) and "state_dict" not in str(e): raise       # no memory left, say: the files are sound
+        raise DataError(f"The training in {folder} is damaged: {e}", None, "Delete the folder and train again") from e
 
 def plot_result(result:TrainResult):
     "Loss and learning rate over the steps; verification where it was measured."
