@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MALLOC', 'Step', 'read_step', 'notebooks_dir', 'find_steps', 'choose', 'code_closure', 'fingerprint', 'step_key',
-           'stale_because', 'freshness', 'run_step', 'Ticker', 'reproduce', 'status']
+           'stale_because', 'freshness', 'with_kernel', 'run_step', 'Ticker', 'reproduce', 'status']
 
 # %% ../nbs/90_pipeline.ipynb #1f8058af
 import ast, contextlib, difflib, fnmatch, functools, json, os, re, sys, threading, time
@@ -171,7 +171,17 @@ def freshness(steps:dict[str, Step], names:list[str], out:Path, parameters:dict,
         why[name] = "forced" if name in rerun else stale_because(out, step, keys[name]) or (f"after {', '.join(before)}" if before else "")
     return keys, why
 
-# %% ../nbs/90_pipeline.ipynb #029beb80
+# %% ../nbs/90_pipeline.ipynb #28017b2e
+def with_kernel(execute,     # starts a kernel and runs a notebook; called anew after a death at the start
+                tries:int=3, # kernels, at most
+                ):           # what `execute` returns
+    "Run a notebook; a kernel that dies before it has answered is replaced. `RuntimeError` after the last try; any other error at once."
+    for left in reversed(range(tries)):
+        try: return execute()
+        except RuntimeError as e:
+            if "died before replying" not in str(e): raise
+            if not left: raise RuntimeError(f"{tries} kernels died before they could run a cell: try `python -m ipykernel_launcher --version`, and see whether memory is left") from e
+
 def run_step(step:Step, out:Path, parameters:dict, key:dict) -> dict: # the sidecar
     "Execute a step's notebook; the returned record has status `done` or `failed`."
     import logging, warnings
@@ -187,8 +197,8 @@ def run_step(step:Step, out:Path, parameters:dict, key:dict) -> dict: # the side
     (out/"results"/step.name/"_done.json").unlink(missing_ok=True)
     write_json(_sidecar(out, step.name), record | dict(outputs=before))
     try:
-        papermill.execute_notebook(str(step.path), str(running), parameters=parameters | dict(out=str(out)), kernel_name="python3", cwd=str(step.path.parent),
-                                   progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=50"])
+        with_kernel(lambda: papermill.execute_notebook(str(step.path), str(running), parameters=parameters | dict(out=str(out)), kernel_name="python3", cwd=str(step.path.parent),
+                                                       progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=50"]))
         record["outputs"] = _outputs(step, out, parameters)
         record["status"] = "done"
     except Exception as e: record |= _failure(e)

@@ -6,6 +6,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from hyperface.pipeline import with_kernel
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -15,4 +17,4 @@ def test_notebook_runs(path, monkeypatch):
     monkeypatch.delenv("HYPERFACE_RUNNER", raising=False)
     os.environ.pop("HYPERFACE_PROGRESS_FILE", None)
     nb = nbformat.read(path, as_version=4)
-    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}, extra_arguments=["--IPKernelApp.log_level=50"]).execute()
+    with_kernel(lambda: NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}, extra_arguments=["--IPKernelApp.log_level=50"]).execute())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from kernels import papermill
 
 TOY = {
     "e1_slow": ([], "import time, numpy as np\nfrom hyperface.core import progress\nfor _ in progress(range(20), 'sleeping'): time.sleep(.1)\nrun.save('x', x=np.arange(5.) + seed)"),
@@ -117,9 +118,30 @@ def test_what_changes_reruns_and_what_does_not_stays(paper, tmp_path):
     assert "e2_other (output missing or altered" in mended.stdout and "e1_slow" not in mended.stdout
 
 
+def fragile_kernel(tmp_path: Path, deaths: int) -> dict:
+    "An environment whose `python3` kernel dies the first times it is started, as one that lost its port to another process."
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    starter = tmp_path / "start.py"
+    starter.write_text("import os, sys\nfrom pathlib import Path\nstarts = Path(__file__).with_name('starts')\nn = int(starts.read_text()) if starts.exists() else 0\n"
+                       f"starts.write_text(str(n + 1))\nif n < {deaths}: sys.exit('Address already in use')\nos.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', *sys.argv[1:]])\n")
+    (spec / "kernel.json").write_text(json.dumps(dict(argv=[sys.executable, str(starter), "-f", "{connection_file}"], display_name="fragile", language="python")))
+    return {"JUPYTER_PATH": str(tmp_path / "jupyter")}
+
+
+@pytest.mark.parametrize("deaths", [2, 99])
+def test_a_kernel_that_dies_at_its_start_is_replaced_and_not_for_ever(paper, tmp_path, deaths):
+    out = tmp_path / "out"
+    done = subprocess.run(command(paper, "reproduce", "--profile", "smoke", "--out", str(out), "--only", "e2"), env=environment(paper) | fragile_kernel(tmp_path, deaths), capture_output=True, text=True, timeout=300)
+    assert int((tmp_path / "starts").read_text()) == 3                 # two died and one ran, or all three died
+    if deaths == 2:
+        assert done.returncode == 0 and (out / "results" / "e2_other" / "y.npz").exists(), done.stdout + done.stderr
+    else:
+        assert done.returncode == 1 and "3 kernels died before they could run a cell" in done.stdout
+
+
 def test_a_page_alone_with_plain_papermill(paper, tmp_path):
-    done = subprocess.run([str(Path(sys.executable).with_name("papermill")), str(paper / "t1_sum.ipynb"), str(tmp_path / "o.ipynb"), "-p", "profile", "smoke", "-p", "out", str(tmp_path / "r")],
-                          env=environment(paper), capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = papermill(paper / "t1_sum.ipynb", tmp_path / "o.ipynb", "-p", "profile", "smoke", "-p", "out", tmp_path / "r", env=environment(paper), timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "r" / "tables" / "sum.csv").read_text() == "metric,value\nsum,13.0\n"
 

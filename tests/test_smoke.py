@@ -66,9 +66,8 @@ def test_results_in_long_form(smoke_report):
 
 def test_table1_alone_with_plain_papermill(tmp_path, root):
     "`papermill nbs/paper/t1*.ipynb out.ipynb -p profile smoke`, in an empty report folder: what it needs is made first."
-    from pathlib import Path
+    from kernels import papermill
     notebook, = (root / "nbs" / "paper").glob("t1_*.ipynb")
-    done = subprocess.run([str(Path(sys.executable).with_name("papermill")), str(notebook), str(tmp_path / "out.ipynb"), "-p", "profile", "smoke", "-p", "out", str(tmp_path / "report")],
-                          capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    done = papermill(notebook, tmp_path / "out.ipynb", "-p", "profile", "smoke", "-p", "out", tmp_path / "report", timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "report" / "tables" / "table1.csv").exists()

@@ -160,8 +160,9 @@ def run(path: Path, timeout: int = 3600) -> float:
     started = time.monotonic()
     os.environ.setdefault("HYPERFACE_PROGRESS", "0")   # progress bars are noise on a printed page
     os.environ.setdefault("HYPERFACE_PUBLISH", "1")    # committed pages carry no photograph of a real person's data set
-    NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(NBS)}},
-                   extra_arguments=["--IPKernelApp.log_level=50"]).execute()
+    from hyperface.pipeline import with_kernel
+    with_kernel(lambda: NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(NBS)}},
+                                       extra_arguments=["--IPKernelApp.log_level=50"]).execute())
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
