@@ -398,17 +398,20 @@ def inspect_(args) -> int:
     for kind, (share, limit) in over.items(): print(f"{kind}: {share:.2%}, more than {limit:.2%}")
     return int(bool(over) and args.strict)
 
-# %% ../nbs/91_cli.ipynb #14afca85
+# %% ../nbs/91_cli.ipynb #ff7d2c88
 @command("what moved between two runs beyond its interval; status 1 if something did, or is missing", _arg("a", metavar="A", help="a report folder, or its results.parquet"), _arg("b", metavar="B", help="another"),
+         _arg("--repeats", nargs="+", default=None, metavar="RUN", help="two or more runs with other seeds: how far another training moves a value (default: what is known of the profile)"),
+         _arg("--intervals", action="store_true", help="judge by the intervals alone, whatever another training would change"),
          _arg("--csv", default=None, help="every value with its verdict"), _arg("--html", default=None, help="a page that needs no network"), _arg("--most", type=int, default=30, help="lines shown"),
          _arg("--strict", action="store_true", help="status 1 at any difference, also within intervals, without interval, or new"))
 def compare(args) -> int:
     "0: nothing beyond its interval, nothing missing; 1: something is; 2: the runs cannot be compared."
     import shutil
-    from hyperface.report.compare import compare as run
+    from hyperface.report.compare import compare as run, training_spread
+    if args.repeats and args.intervals: raise ConfigError("Give --repeats or --intervals", None)
     for path, suffix in ((args.csv, ".csv"), (args.html, ".html")):
         if path: _check_output(path, suffix)
-    found = run(args.a, args.b)
+    found = run(args.a, args.b, training_spread(args.repeats) if args.repeats else not args.intervals)
     print(found.text(args.most, max(100, shutil.get_terminal_size((150, 40)).columns)))
     if args.csv: print(f"-> {found.save_csv(args.csv)}")
     if args.html: print(f"-> {found.save_html(args.html)}")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from hyperface.core import ConfigError, DataError, rng
-from hyperface.report.compare import NAME, VERDICTS, compare, margin_of_difference, read_results
+from hyperface.report.compare import NAME, VERDICTS, compare, known_spread, margin_of_difference, read_results, training_spread
 from hyperface.report.page import write_results
 from hyperface.report.results import RESULT_COLUMNS, Run, Value, leading_keys, results_frame, to_csv
 
@@ -179,3 +179,64 @@ def test_no_run_an_empty_folder_and_a_damaged_file(tmp_path):
             read_results(path)
     with pytest.raises(ConfigError, match="A verdict is one of"):
         compare(report(tmp_path / "a"), tmp_path / "a")["moved"]
+
+
+def trained(folder, seed, training=2., rows=200, profile="toy"):
+    "A run of networks trained once: the test people move a value by 1, the training by `training`; one column that no training moves; one without interval."
+    r = rng(seed, "trained", training)
+    value, still = 90 + r.normal(0, 1, rows) + r.normal(0, training, rows), 50 + r.normal(0, 1, rows)
+    names = [str(i) for i in range(rows)]
+    lines = [pd.DataFrame(dict(table="nets", row=names, column="accuracy", value=value, low=value - Z, high=value + Z)), pd.DataFrame(dict(table="nets", row=names, column="angle", value=still, low=still - Z, high=still + Z)),
+             pd.DataFrame(dict(table="nets", row=names, column="loss", value=value))]
+    path = folder / f"{profile}_{seed}_{training}.parquet"
+    pd.concat(lines).assign(profile=profile, seed=seed, data="rendered", status="computed", commit="abc").to_parquet(path)
+    return path
+
+
+def test_training_spread_is_what_the_intervals_leave_out(tmp_path):
+    spread = training_spread([trained(tmp_path, s) for s in range(4)]).set_index("column")
+    assert list(spread.index) == ["accuracy", "angle"]                       # the loss has no interval, so nothing is known of it
+    assert spread.spread["accuracy"] == pytest.approx(2., abs=.2) and spread.spread["angle"] < .35 and spread.rows["accuracy"] == 200 and spread.runs["accuracy"] == 4
+    flagged = {}
+    for known in (False, spread.reset_index()):
+        found = [compare(trained(tmp_path, s), trained(tmp_path, s + 1), known) for s in range(10, 30, 2)]
+        flagged[known is not False] = np.mean([(f.frame.verdict[f.frame.column == "accuracy"] == "beyond").mean() for f in found])
+    assert flagged[False] > .3 and abs(flagged[True] - .05) < .02
+    assert sum(f.on_intervals_alone for f in found) > sum(f.counts["beyond"] for f in found)
+    assert any("another training moves them" in n for n in found[0].notes())
+    moved = compare(trained(tmp_path, 40), trained(tmp_path, 41, training=2.), spread.reset_index())
+    assert moved.frame.loc[moved.frame.column == "loss", "verdict"].eq("changed, no interval").all()
+
+
+def test_a_spread_of_other_runs_is_refused(tmp_path):
+    a, b, other = trained(tmp_path, 0), trained(tmp_path, 1), trained(tmp_path, 2, profile="else")
+    for runs, says in (([a], "two runs or more"), ([a, other], "one profile"), ([a, a], "seed of its own")):
+        with pytest.raises(ConfigError, match=says):
+            training_spread(runs)
+    with pytest.raises(ConfigError, match="was measured at toy, the runs are else"):
+        compare(other, other, training_spread([a, b]))
+    with pytest.raises(ConfigError, match="lacks spread"):
+        compare(a, b, pd.DataFrame(dict(profile=["toy"], table=["nets"], column=["accuracy"])))
+    assert known_spread("toy") is None and (compare(a, b).frame.spread == 0).all()
+
+
+def test_the_shipped_spread_is_of_tables_that_exist_and_is_used(tmp_path):
+    spread = known_spread("quick")
+    assert len(spread) and (spread.spread > 0).all() and (spread.runs >= 3).all() and spread.commit.str.len().min() >= 7
+    line = spread.iloc[0]
+    for seed, value in ((0, 10.), (1, 10. + 2*line.spread)):
+        pd.DataFrame([dict(table=line.table, row="r", column=line.column, value=value, low=value - line.spread/100, high=value + line.spread/100, profile="quick", seed=seed)]).to_parquet(tmp_path / str(seed))
+    assert compare(tmp_path / "0", tmp_path / "1").counts["within"] == 1 and compare(tmp_path / "0", tmp_path / "1", False).counts["beyond"] == 1
+
+
+def test_repeats_on_the_command_line(tmp_path):
+    import subprocess
+    import sys
+    runs = [str(trained(tmp_path, s)) for s in range(5)]
+    def command(*more):
+        done = subprocess.run([sys.executable, "-m", "hyperface.cli", "compare", runs[3], runs[4], *more], capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+    code, said = command("--repeats", *runs[:3])
+    assert code == 1 and "as measured between runs of several seeds" in said
+    assert "where networks are trained once" in command("--intervals")[1]
+    assert command("--intervals", "--repeats", *runs[:3])[0] == 2

@@ -217,9 +217,9 @@ def test_the_published_names(tmp_path):
     "Keys and shapes of the contract, through a pickle; 64 pixels, ten labels."
     G = Generator(512, 10, 512, 64, 3, mapping_kwargs=dict(num_layers=2), synthesis_kwargs=dict(channel_base=16384, channel_max=512))
     (tmp_path/"n.pkl").write_bytes(official(dict(G_ema=G)))
-    start = time.monotonic()
+    start = time.process_time()                                                            # other work on the machine does not count
     read = read_nvlabs(tmp_path/"n.pkl")["G_ema"]
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert len(read["state_dict"]) == 96 and sum(v.numel() for v in read["state_dict"].values()) == sum(v.numel() for v in G.state_dict().values())
     assert infer_arguments({k: tuple(v.shape) for k, v in read["state_dict"].items()}, "x")[1]["synthesis_kwargs"]["channel_base"] == 16384
 
