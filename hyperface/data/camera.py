@@ -80,15 +80,15 @@ def cast_shadow(radius, hit:dict, light:dict, size:int) -> torch.Tensor: # (B, H
     dark = F.avg_pool2d(F.pad(dark[:, None], (1,)*4, mode="replicate"), 3, 1)
     return 1 - F.interpolate(dark, (size, size), mode="bilinear", align_corners=False)[:, 0]
 
-# %% ../../nbs/11d_camera.ipynb #33755c4f
+# %% ../../nbs/11d_camera.ipynb #9b3d0f24
 def put(canvas:dict, layer:dict, light:dict, shadow:float=.65) -> None:
     "Light a layer of pixels and put it where it belongs in depth: in front of what is there, or behind it."
     i = layer["index"]; c = layer["cover"]
     B = [t.reshape(-1).index_select(0, i) for t in layer["B"]]
     colour = shade(layer["albedo"], layer["N"], _view(B), spread(light, layer["images"]), layer["ao"], (1 - shadow) + shadow*layer["ao"], None, layer.get("flow"))
     cover, z = canvas["cover"].index_select(0, i), canvas["z"].index_select(0, i)
-    front = layer["z"] > z
-    ahead = c*front; behind = c*(1 - cover)*(~front)
+    front = ((layer["z"] - z)*(1/.04) + .5).clamp(0, 1)                          # over 4 mm, lest the edge of a layer that lies on another break into steps
+    ahead = c*front; behind = c*(1 - cover)*(1 - front)
     canvas["image"].index_copy_(1, i, canvas["image"].index_select(1, i).mul_(1 - ahead).addcmul_(colour, ahead + behind))
     canvas["z"].index_copy_(0, i, torch.where((ahead > .5) | ((behind > .5) & (cover < .5)), layer["z"], z))
     canvas["cover"].index_copy_(0, i, torch.addcmul(cover, 1 - cover, c))
@@ -149,7 +149,7 @@ def body_layers(p:dict, cam:dict, size:int, pixel, cover):
         layers.append(dict(common, z=z, cover=c, albedo=torch.stack([s[f"cloth_{k}"] for k in "rgb"]), N=N, ao=.8 + 0*z))
     return layers, turn
 
-# %% ../../nbs/11d_camera.ipynb #f7d11597
+# %% ../../nbs/11d_camera.ipynb #f7f79944
 def compose(p:dict, size:int, view_size:int, upright:bool=True):
     "Everything with light on it, in linear RGB, over transparent background: (3, B, H, W), coverage, camera, hit."
     hit, cam, light, maps = head_layer(p, size, view_size, upright)
@@ -165,16 +165,16 @@ def compose(p:dict, size:int, view_size:int, upright:bool=True):
     layers, turn = body_layers(p, cam, size, hit["pixel"], hit["cover"])
     light2 = lights(p, turn)
     for layer in layers: put(canvas, layer, light2)
-    layer = long_hair(p, A, B, hit["cover"])
-    if layer: put(canvas, layer, light)
+    for layer in long_hair(p, A, B, hit["cover"]): put(canvas, layer, light)
     image, cover = canvas["image"].view(3, *hit["z"].shape), canvas["cover"].view_as(hit["z"]).clamp(0, 1)
-    return put_glasses(p, image, canvas["z"].view_as(hit["z"]), A, B, hit["pixel"], light), cover, cam, hit
+    put_glasses(p, image, cover, canvas["z"].view_as(hit["z"]), A, B, hit["pixel"], light)
+    return image, cover, cam, hit
 
-# %% ../../nbs/11d_camera.ipynb #1339f812
-def put_glasses(p:dict, image, z, A, B, pixel, light):
-    "Frames in front of the eyes, a shadow of them on the skin, a reflection or dark glass in between."
+# %% ../../nbs/11d_camera.ipynb #4f480cf9
+def put_glasses(p:dict, image, cover, z, A, B, pixel, light) -> None:
+    "Frames in front of the eyes, a reflection or dark glass in between; changes `image` and `cover` in place."
     on = torch.nonzero(p["glasses"] > 0)[:, 0]
-    if not len(on): return image
+    if not len(on): return
     frame, lens, zg, x, y = glasses(p, A, B, pixel, on); front = (zg > z[on] - .05).to(zg.dtype)
     colour = torch.stack([p[k][on] for k in ("frame_r", "frame_g", "frame_b")])[:, :, None, None]
     sun = (p["glasses"][on] > 1.5).to(zg.dtype)[:, None, None]
@@ -184,7 +184,7 @@ def put_glasses(p:dict, image, z, A, B, pixel, light):
     part = mix(part, glass, lens*front)
     part = mix(part, colour*(.55 + .5*step(y*3 + .5)), frame*front)
     image[:, on] = part
-    return image
+    cover[on] = torch.maximum(cover[on], torch.maximum(frame, lens*sun*.93)*front)
 
 # %% ../../nbs/11d_camera.ipynb #33d5a90a
 def background(seed:int, kind:float, size:int) -> np.ndarray: # (H, W, 3) float32, linear 0..1

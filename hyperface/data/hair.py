@@ -97,20 +97,20 @@ def quadric(A, B, centre, radius, pixel): # lists of three (B, H, W) or numbers
     n = torch.rsqrt(N[0]*N[0] + N[1]*N[1] + N[2]*N[2])
     return z, (-root - b)*ia, (disc*ia*(.5*radius[0]/pixel)).clamp(0, 1), [t*n for t in N]
 
-# %% ../../nbs/11c_hair.ipynb #71d77931
+# %% ../../nbs/11c_hair.ipynb #e9c76956
 LONG = "hair_wide hair_long hair_open wave curl hair_r hair_g hair_b skin_offset skin_offset2 view_pixel"
 
 def long_hair(p:dict, A, B, cover):
-    "Hair that falls beside and behind the face: an ellipsoid with an opening in front; a layer, or None."
+    "Hair that falls beside and behind the face, an ellipsoid with an opening in front: the layers of its inner and its outer side, none to two."
     wide = p["hair_wide"]
-    if not bool((p["hair_long"] > .3).any()): return None
+    if not bool((p["hair_long"] > .3).any()): return []
     near = (A[0].abs() < wide[:, None, None]*1.15) & ((cover < .99) | (A[0].abs() > .40)) & (p["hair_long"] > .3)[:, None, None]
     index, q = gather(near, p, LONG)
-    if index is None: return None
+    if index is None: return []
     images = torch.div(index, A[0][0].numel(), rounding_mode="floor"); a, b = ([t.reshape(-1).index_select(0, index) for t in L] for L in (A, B)); pixel = q["view_pixel"]
     near, far, cover, N = quadric(a, b, (0., -.55, -.20), (q["hair_wide"], 1.75, .74), pixel)
     keep = torch.nonzero(cover > 0)[:, 0]
-    if not len(keep): return None
+    if not len(keep): return []
     keep = torch.cat([keep, keep[-1:].expand(-len(keep) % 64)]); at = lambda t: t.index_select(0, keep)
     q = {n: at(t) for n, t in q.items() if n not in ("hair_wide", "view_pixel")} | dict(view_pixel=at(pixel))
     index, images, near, far, cover, pixel, a, b, N = at(index), at(images), at(near), at(far), at(cover), at(pixel), [at(t) for t in a], [at(t) for t in b], [at(t) for t in N]
@@ -122,10 +122,14 @@ def long_hair(p:dict, A, B, cover):
     lit = front.clamp(0, 1)*step((y + q["hair_long"] + .12*strand[2])/.06 + .5)
     back = step((a[1] + far*b[1] + q["hair_long"] + .05*strand[2])/.06 + .5)
     tex = 1 + mix(.26*strand[2] + .08*strand[0], .26*curls[0] + .16*curls[1], q["curl"].clamp(0, 1))
-    colour = torch.stack([q["hair_r"], q["hair_g"], q["hair_b"]])*tex.clamp(.35, 2.)*(.30 + .70*lit)
-    bend = .22*torch.sin(y*7 + 3*angle)*wavy
-    return dict(index=index, images=images, B=B, z=mix(far, near, (lit > .5).to(x.dtype)), cover=cover*torch.maximum(lit, back), albedo=colour.clamp(min=.003),
-                N=[N[0] + .15*strand[2], N[1] + bend, N[2]], flow=lit*(.5 + .7*(tex - .8).clamp(0, 1)), ao=.35 + .60*lit)
+    colour = torch.stack([q["hair_r"], q["hair_g"], q["hair_b"]])*tex.clamp(.35, 2.)
+    N = [N[0] + .15*strand[2], N[1] + .22*torch.sin(y*7 + 3*angle)*wavy, N[2]]
+    def side(z, c, bright, flow, ao):
+        k = torch.nonzero(c > .004)[:, 0]
+        if not len(k): return []
+        k = torch.cat([k, k[-1:].expand(-len(k) % 64)]); at = lambda t: t.index_select(0, k)
+        return [dict(index=at(index), images=at(images), B=B, z=at(z), cover=at(c), albedo=(colour.index_select(1, k)*bright).clamp(min=.003), N=[at(n) for n in N], flow=at(flow), ao=ao + 0*at(z))]
+    return side(far, cover*back*(lit < .995), .30, 0*lit, .35) + side(near, cover*lit, 1., .5 + .7*(tex - .8).clamp(0, 1), .95)
 
 # %% ../../nbs/11c_hair.ipynb #b06258a8
 EAR = "ear_size ear_out head_width skin_tone tan redness yellow view_pixel"

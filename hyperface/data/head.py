@@ -34,11 +34,11 @@ def chart(resolution:int, # texels on a side
     q = u*u + v*v
     return t, torch.stack([2*u, 2*v, 1 - q])/(1 + q)                  # (3, R, R)
 
-# %% ../../nbs/11a_head.ipynb #69bc4c87
+# %% ../../nbs/11a_head.ipynb #5fe931fa
 # name: (mean, standard deviation, men minus women, child minus adult, at eighty minus at thirty)
 SHAPE = dict(
     head_width=(.715, .022, .012, -.0065, 0), head_top=(1.185, .03, .012, .026, 0), head_low=(1.20, .03, .042, -.208, .05), head_depth=(.93, .015, 0, 0, 0),
-    eye_x=(.176, .007, .0024, .0182, -.006), eye_size=(.103, .005, -.0096, .0208, -.008), eye_open=(.0297, .0034, -.021, .0104, -.006),
+    eye_x=(.176, .007, .0024, .0182, -.006), eye_size=(.103, .005, -.0096, .0208, -.008), eye_open=(.0297, .0034, -.0135, .0104, -.006),
     eye_tilt=(.06, .035, -.0408, 0, -.08), eye_depth=(.056, .010, .0096, -.0286, .014), lid_fold=(.022, .005, -.0096, 0, -.004),
     brow_y=(.104, .007, -.024, .0156, -.013), brow_thick=(.0166, .003, .018, -.0052, .001), brow_arch=(.016, .006, -.0264, 0, -.004), brow_ridge=(.013, .010, .0432, -.0208, .002),
     nose_length=(-.157, .009, -.0048, .026, .006), nose_width=(.063, .0060, .0144, -.0052, .005), nose_height=(.130, .018, .0432, -.078, .012),

@@ -227,7 +227,7 @@ def _hair(z, male, child, age, c, group, grey):
         part=np.where(z("part") > 0, 1, -1)*(.10 + .10*ndtr(z("part"))), sweep=sweep, side_low=np.where(long, 1.6, np.where(up, .06, .10 + .10*ndtr(z("hair_side")) + .12*(~man))), bald=bald, curl=curl, hair_side=side, hair_top=top, hair_cap=np.ones_like(age), hair_soft=.018 + .02*curl + .03*bald + .012*fringe/.17,
         buzz=np.clip(buzz + .5*(bald > .35), 0, 1), hair_long=length, hair_wide=.90 + .07*ndtr(z("hair_side")) + .12*curl, hair_open=.56 + .05*z("hair_top").clip(-1.5, 1.5) , wave=np.clip(.5 + .5*z("wave"), 0, 1.4)*(curl < .6), ear_cover=np.where(long, np.where(style > .35, 1., 0.), 0.), strand=grey)
 
-# %% ../../nbs/11_rendered.ipynb #29778a7b
+# %% ../../nbs/11_rendered.ipynb #7913cf06
 def parameters(people:Identities, c:dict) -> dict:
     "Everything the renderer needs, as float32 tensors (B,): features after age, gender and group, then conditions."
     t = people.table; group, age0 = t["ethnicity"].to_numpy(), t["age"].to_numpy(float)
@@ -237,6 +237,7 @@ def parameters(people:Identities, c:dict) -> dict:
     z = lambda k: people.vector[:, at[k]].astype(float) + shift.get(k, 0.)
     child = np.clip((19 - age)/15, 0, 1)**.75; old = np.clip((age - 19)/58, 0, 1.3)**.9; grown = 1 - child
     p = {k: mean + VARIETY*sd*z(k)*(1 - .35*child) + sex*(male - .5)*grown + young*child + aged*old for k, (mean, sd, sex, young, aged) in SHAPE.items()}
+    p.update(eye_open=np.maximum(p["eye_open"], .015), brow_thick=np.maximum(p["brow_thick"], .0065))   # the least that still reads as an eye, a brow
     for k in range(RESIDUALS): p[f"residual{k}"] = z(f"residual{k}")
     table = {e: np.array([d.get(a, 0.) for a in ACTIONS]) for e, d in EXPRESSIONS.items()}; acts = np.array([table[e] for e in c["expression"]]).reshape(-1, len(ACTIONS))
     p.update({a: acts[:, j]*c["intensity"] + c[a] for j, a in enumerate(ACTIONS)})
@@ -247,7 +248,7 @@ def parameters(people:Identities, c:dict) -> dict:
     beard = np.where(has, np.clip(1.1*z("beard") - .35, 0, 1.1), 0)*c["beard"]
     p.update(skin_tone=t["skin_tone"].to_numpy(float), redness=.30*z("redness")*(t["skin_tone"].to_numpy() < .6), yellow=.4 + .35*z("yellow") + .5*(group == "asian"), freckles=np.clip(.8*z("freckles") - .9, 0, 1.4)*(group == "white"), eye_bags=np.clip(.05*z("eye_bags") - .02 + .26*old, 0, .4),
         lip_red=np.clip(.3*z("lip_red") + .70*(1 - male) - .30*male - .3*old, -.8, .9), brow_dense=np.clip(.78 + .12*z("brow_dense") + .08*male - .30*child, .35, 1), brow_gap=.006*z("brow_gap"), brow_long=.012*z("brow_long"), beard=beard, moustache=np.where(has, np.clip(z("moustache") - .75, 0, 1.1), 0)*c["beard"], goatee=np.where(has, np.clip(z("goatee") - 1.0, 0, 1.1), 0)*c["beard"],
-        stubble=stubble, beard_dark=1 - np.clip(grey, 0, .8), beard_length=np.clip(np.maximum(np.maximum(beard, p_(z("moustache") - .75)), p_(z("goatee") - 1.0))*2*has, 0, 1), teeth=.031 + .003*z("teeth"), cupid=.0035 + .0015*z("cupid"), wrinkle=np.clip(old*1.5 - .06 + .10*z("wrinkle")*(age > 28), 0, 1.7), aged=np.clip(old, 0, 1.2), age_spots=np.clip((age - 55)/30, 0, 1)*.8, shine=.105 + .025*z("shine"),
+        stubble=stubble, beard_dark=1 - np.clip(grey, 0, .8), beard_length=np.clip(np.maximum(np.maximum(beard, p_(z("moustache") - .75)), p_(z("goatee") - 1.0))*2*has, 0, 1), teeth=.031 + .003*z("teeth"), cupid=.0035 + .0015*z("cupid"), wrinkle=np.clip(1.62*old**1.35 - .05 + .10*z("wrinkle")*(age > 28), 0, 1.7), aged=np.clip(old, 0, 1.2), age_spots=np.clip((age - 55)/30, 0, 1)*.8, shine=.105 + .025*z("shine"),
         lash=np.clip(.20 + 1.3*(1 - male)*(1 - .4*child) + .10*z("lash") + .35*c["makeup"], 0, 1.8), skin_offset=ndtr(z("offset")), skin_offset2=ndtr(z("offset2")), male=male, child=child, squint=.4*old, pupil=.40 + 0*old, lipstick=.75*np.clip(c["makeup"]*1.2, 0, 1)*np.ones_like(age), glasses_shape=r[:, 15], glasses_size=.92 + .2*r[:, 14], glasses_thick=np.where(r[:, 13] < .3 + .3*male, .020, .009), neckline=r[:, 12])
     for k in range(3): p.update({f"mole{k}": np.clip(z(f"mole{k}") - 1., 0, 1), f"mole{k}u": .36*(2*ndtr(z(f"mole{k}u")) - 1), f"mole{k}v": -.15 + .38*(2*ndtr(z(f"mole{k}v")) - 1)})
     names = "yaw pitch roll blink light_azimuth light_elevation light_strength light_temperature ambient backlight exposure contrast saturation glasses mask scarf hat hand makeup tan blush background distance blur noise jpeg".split()

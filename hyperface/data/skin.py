@@ -169,20 +169,20 @@ def paint_skin(p:dict, u:torch.Tensor, v:torch.Tensor, f:torch.Tensor, # f (B, 3
         albedo.index_copy_(1, index, albedo.index_select(1, index)*torch.exp(dark*torch.tensor([-.90, -1.2, -1.26])[:, None]))
     return albedo, grain
 
-# %% ../../nbs/11b_skin.ipynb #d1da96a9
+# %% ../../nbs/11b_skin.ipynb #20832f76
 def paint_beard(p:dict, albedo, u, v, density) -> None:
     "Hair on cheeks, chin and lip, and its shadow where it is shaved; changes `albedo` (3, N) in place."
     index, q = gather((density > .06) & (p["stubble"] + p["beard"] + p["moustache"] + p["goatee"] > .04)[:, None, None], p, "skin_offset skin_offset2 mouth_y mouth_width beard_dark beard_length hair_r hair_g hair_b")
     if index is None: return
     U, V, d = u.reshape(-1).index_select(0, index), v.reshape(-1).index_select(0, index), density.reshape(-1).index_select(0, index)
     s = noise(U*.75 + q["skin_offset2"] + .01*torch.sin(V*40), V*.22 + q["skin_offset"], 2, 3)[0]
-    d = d*smooth((torch.sqrt((U/(q["mouth_width"] + .022))**2 + ((V - q["mouth_y"] + .008)*(1/.046))**2) - .88)*3.2)
+    d = d*smooth((torch.sqrt((U/(q["mouth_width"] + .022))**2 + ((V - q["mouth_y"] + .006)*(1/.038))**2) - .88)*3.2)
     cover = smooth((d - .30 + .12*s)*2)*.93*smooth(q["beard_length"]*4)
     shadow = (d*(1/.8)).clamp(0, 1)*.36*q["beard_dark"]
     hair = torch.stack([q["hair_r"], q["hair_g"], q["hair_b"]])*(.92 + .20*s)
     albedo.index_copy_(1, index, mix(albedo.index_select(1, index)*(1 - shadow*torch.tensor([1., .92, .80])[:, None]), hair.clamp(min=.004), cover))
 
-# %% ../../nbs/11b_skin.ipynb #828eacb0
+# %% ../../nbs/11b_skin.ipynb #5ef02d79
 EYE = "eye_x eye_size eye_open eye_tilt lid_fold gaze_x gaze_y blink au5 au6 au7 iris_r iris_g iris_b lash makeup shadow_r shadow_g shadow_b light_x light_y pixel squint pupil skin_offset"
 
 def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
@@ -192,7 +192,7 @@ def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     if index is None: return
     U, V = u.reshape(-1).index_select(0, index), v.reshape(-1).index_select(0, index); side = torch.sign(U); x = U.abs() - q["eye_x"]
     e = x/q["eye_size"]; e2 = (e*e).clamp(max=1.6); y = V - q["eye_tilt"]*x*.8; eps = 2.2*q["pixel"]
-    arch = 1 - e2*(.62 + .38*e2)
+    arch = (1 - e2*(.62 + .38*e2)).clamp(min=0); reach = torch.where(e > 0, 1.10 + .16*q["lash"], .98)   # lashes sweep past the outer corner only
     raise_ = (1 + .42*q["au5"] - .22*q["au7"] - .18*q["au6"] - .12*q["squint"]).clamp(min=.12)*(1 - q["blink"])
     top = q["eye_open"]*1.02*raise_*arch*(1 - .16*e); low = -q["eye_open"]*.74*(1 + .15*q["au5"] - .42*q["au6"] - .34*q["au7"] - .1*q["squint"])*arch*(1 + .14*e)
     inside = step((torch.minimum(top - y, y - low))/eps + .5)*step((1.03 - e.abs())*q["eye_size"]/eps + .5)
@@ -203,23 +203,23 @@ def paint_eyes(p:dict, albedo:torch.Tensor, gloss:torch.Tensor, u, v) -> None:
     grain = .75 + .55*smooth((r - .010)*(1/.022)) - .55*smooth((r - .027)*(1/.009))
     iris = torch.stack([q["iris_r"], q["iris_g"], q["iris_b"]])*grain*(1 - .45*gauss(top - y, .014))
     eye = mix(eye, iris, step((R - r)/eps + .5)); eye = eye*(1 - .96*step((R*q["pupil"] - r)/eps + .5))
-    spark = gauss(torch.sqrt((x - gx - side*q["light_x"]*.013)**2 + (y - gy - .003 - q["light_y"]*.013)**2), .0052 + .35*q["pixel"])
+    spark = gauss(torch.sqrt((x - gx - side*q["light_x"]*.018)**2 + (y - gy - .013 - q["light_y"]*.008)**2), .0048 + .32*q["pixel"])
     eye = eye.clamp(min=.008)
     A = albedo.index_select(1, index)
     crease = top + q["lid_fold"]*(1 - .42*e2) + .004
-    line = gauss(y - crease, .0045 + .5*q["pixel"])*step((1.22 - e.abs())*3)*step(q["lid_fold"]*90 - .6)
+    line = gauss(y - crease, .0045 + .5*q["pixel"])*step((torch.where(e > 0, 1.22, 1.05) - e.abs())*3)*step(q["lid_fold"]*90 - .6)
     lid = step((y - top)/.008)*smooth((crease + .012 - y)*60)*step((1.25 - e.abs())*4)
     A = A*(1 - .40*line*torch.tensor([.85, 1., 1.])[:, None])
     shade = torch.stack([q["shadow_r"], q["shadow_g"], q["shadow_b"]])
     A = mix(A, A*shade, .75*q["makeup"]*lid)
     A = A*(1 - .22*gauss(y - low + .012, .008)*step((1.1 - e.abs())*4))
     lash = (.0052 + .0042*q["lash"] + .30*q["pixel"])
-    dark = gauss(y - top - .25*lash, lash*.75)*smooth((1.10 + .16*q["lash"] - e.abs())*5)*(.60 + .38*q["lash"])*(y - top > -lash*1.6)
+    dark = gauss(y - top - .25*lash, lash*.75)*smooth((reach - e.abs())*5)*(.60 + .38*q["lash"])*(y - top > -lash*1.6)
     under = gauss(y - low, .0035 + .4*q["pixel"])*smooth((1.02 - e.abs())*5)*(.30 + .22*q["lash"] + .3*q["makeup"])
     A = mix(A, eye, inside)
     A = mix(A, torch.full_like(A, .014), torch.maximum(dark, under).clamp(0, .96)*torch.where(raise_ > .2, 1., .9))
     albedo.index_copy_(1, index, A + .26*spark*inside*(.0080/(.0052 + .35*q["pixel"])).clamp(max=1))
-    gloss.index_copy_(0, index, mix(gloss.index_select(0, index), torch.full_like(e, .10), inside))
+    gloss.index_copy_(0, index, mix(gloss.index_select(0, index), torch.full_like(e, .035), inside))
 
 # %% ../../nbs/11b_skin.ipynb #e1643c3a
 BROW = "eye_x brow_y brow_thick brow_arch au1 au2 au4 au9 brow_r brow_g brow_b brow_dense pixel skin_offset brow_gap brow_long"
