@@ -209,9 +209,9 @@ def background(seed:int, kind:float, size:int) -> np.ndarray: # (H, W, 3) float3
     np.minimum(np.maximum(out, 0, out), 1.2, out)
     return cv2.resize(cv2.merge(list(out)), (full, full), interpolation=cv2.INTER_LINEAR)
 
-# %% ../../nbs/11d_camera.ipynb #3a06c704
+# %% ../../nbs/11d_camera.ipynb #303b677b
 def hand(image:np.ndarray, seed:int, skin, size:int) -> np.ndarray:
-    "Four fingers or a fist before the lower face: an everyday occluder."
+    "Four fingers before the lower face: an everyday occluder."
     g = np.random.default_rng(seed); s = size*4; mask = np.zeros((s, s), np.float32); tone = np.zeros((s, s), np.float32)
     side = g.choice([-1, 1]); x0, y0 = (.5 + side*g.uniform(.18, .42))*s, g.uniform(.55, 1.0)*s; angle = g.uniform(-.5, .5) - side*.7
     d = np.array([np.sin(angle), -np.cos(angle)]); n = np.array([d[1], -d[0]])

@@ -254,8 +254,8 @@ def _arrived(s:dict, found):
     "Depth, nearest approach and success of rays as they stand."
     return torch.where(found, s["z"], s["where"]), torch.where(found, 0., s["best"]), found
 
-# %% ../../nbs/11a_head.ipynb #a5fddb1f
-HULL = (1.02, 1.36, 1.26)      # half axes of an ellipsoid that holds every head
+# %% ../../nbs/11a_head.ipynb #577c499c
+HULL = (1.02, 1.36, 1.26)      # half axes of an ellipsoid that holds every head without its hair
 STEPS = (6, 2, 14)             # on every second pixel, on every pixel, again where edges are
 
 def enter(A, B) -> torch.Tensor: # (B, H, W) depth
