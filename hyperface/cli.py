@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .core import ConfigError, DataError, HyperfaceError
 
-# %% ../nbs/91_cli.ipynb #fb700307
+# %% ../nbs/91_cli.ipynb #5726fe97
 COMMANDS = {}
 
 def command(help:str, # one line for `hyperface --help`
@@ -50,12 +50,16 @@ def main(argv:list[str]|None=None # words after `hyperface`; None takes the proc
         if args.debug: raise
         print(f"hyperface {args.command}: {e}", file=sys.stderr)
         return 2
+    except Exception as e:
+        if args.debug: raise
+        print(f"hyperface {args.command}: {type(e).__name__}: {' '.join(str(e).split())[:300]}. This looks like a bug of hyperface: `hyperface --debug {args.command} ...` shows where", file=sys.stderr)
+        return 70
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
 
-# %% ../nbs/91_cli.ipynb #ca898c26
-_RUN = (_arg("--profile", default="quick", help="smoke, quick, study, full, or a YAML file"), _arg("--data", default="", help="folder of real data (default: HYPERFACE_DATA)"),
+# %% ../nbs/91_cli.ipynb #87219e32
+_RUN = (_arg("--profile", default="quick", help="smoke, quick, real, study, full, or a YAML file"), _arg("--data", default="", help="folder of real data (default: HYPERFACE_DATA)"),
         _arg("--models", default="", help="folder of ONNX models (default: HYPERFACE_MODELS)"), _arg("--out", default=None, help="report folder (default: reports/<profile>)"))
 
 @command("run the paper's notebooks that need it and write the report", *_RUN, _arg("--seed", type=int, default=0),
@@ -209,7 +213,7 @@ def fetch(args) -> None:
     from hyperface.core import data_dir, runs_dir
     print(run(args.name, args.out or (data_dir() or runs_dir()/"data")/args.name))
 
-# %% ../nbs/91_cli.ipynb #ed1912f8
+# %% ../nbs/91_cli.ipynb #eaa94c76
 @command("train a recogniser on a folder of faces or on rendered people; the same command goes on after an interruption", _arg("--data", default="rendered", help="a data set (folder, .rec, ...), or `rendered`"),
          _arg("--recipe", default="cpu_quick", help="vec2face, insightface, cpu_smoke, cpu_quick, cpu_study, or a YAML file"), _arg("--backbone", default=None), _arg("--head", default=None, help="arcface, cosface, sphereface, adaface, softmax"),
          _arg("--margin", type=float, default=None), _arg("--scale", type=float, default=None), _arg("--epochs", type=int, default=None), _arg("--batch", type=int, default=None, help="images a step, over all processes"),
@@ -223,7 +227,7 @@ def train(args) -> None:
     changes = {field: getattr(args, name) for name, field in names.items() if getattr(args, name) is not None}
     config = recipe(args.recipe, **changes)
     faces, pairs = _training_data(args, config)
-    print(f"{faces!r}\n{config.backbone}, {config.head}, {config.epochs} epochs of batches of {config.batch} at {config.image_size} px -> {args.out}", flush=True)
+    print(f"{faces!r}\n{config.backbone}, {config.head}, {config.epochs} epoch{'s'*(config.epochs != 1)} of batches of {config.batch} at {config.image_size} px -> {args.out}", flush=True)
     result = RecognitionTrainer(config, faces, pairs, args.out, device=args.device).fit()
     if int(os.environ.get("RANK", 0)) == 0: print(f"{result!r}\n-> {args.out}")
 
@@ -310,7 +314,7 @@ def convert(args) -> None:
     from hyperface.stylegan2.convert import convert as run
     print(run(args.pickle, args.out))
 
-# %% ../nbs/91_cli.ipynb #b01cdca6
+# %% ../nbs/91_cli.ipynb #f71f8bd7
 @command("train a Vec2Face generator: faces and a recogniser in, faces from vectors out; the same command goes on after an interruption", _arg("--data", default="rendered", help="a data set of aligned faces (folder, .rec, ...), or `rendered`"),
          _arg("--config", default="cpu64", help="vec2face, cpu64, cpu32, cpu_smoke, or a YAML file"), _arg("--embedder", default="rendered64", help="recogniser: an .onnx file, its name in HYPERFACE_MODELS, an insightface pack, or rendered64, which ships"),
          _arg("--perceptual", default="own", metavar="own|NETWORK.pth,LINEAR.pth", help="features of the perceptual term: own recogniser, or LPIPS's two files (AlexNet)"), _arg("--without", nargs="+", default=[], choices=["pixels", "perceptual", "ssim", "tokens", "identity", "critic"], help="terms to switch off"),
@@ -331,7 +335,7 @@ def train_vec2face(args) -> None:
     elif not Path(args.data).exists(): raise DataError("There is no such data set", args.data, "Name a folder, or `rendered`")
     else: records = read_dataset(args.data, on_error="skip")
     for line in records.skipped: print(f"skipped: {line}", file=sys.stderr)
-    print(f"{records!r}\n{config.preset}: {config.image_size} px, batches of {config.batch}, {config.epochs:g} epochs -> {args.out}", flush=True)
+    print(f"{records!r}\n{config.preset}: {config.image_size} px, batches of {config.batch}, {config.epochs:g} epoch{'s'*(config.epochs != 1)} -> {args.out}", flush=True)
     done = Vec2FaceTrainer(config, records, args.embedder, args.out, perception, init_from=args.init_from, device=args.device).fit()
     if int(os.environ.get("RANK", 0)) == 0: print(f"{done.summary()}\n-> {args.out}")
 
@@ -398,7 +402,7 @@ def inspect_(args) -> int:
     for kind, (share, limit) in over.items(): print(f"{kind}: {share:.2%}, more than {limit:.2%}")
     return int(bool(over) and args.strict)
 
-# %% ../nbs/91_cli.ipynb #ff7d2c88
+# %% ../nbs/91_cli.ipynb #017f9d5a
 @command("what moved between two runs beyond its interval; status 1 if something did, or is missing", _arg("a", metavar="A", help="a report folder, or its results.parquet"), _arg("b", metavar="B", help="another"),
          _arg("--repeats", nargs="+", default=None, metavar="RUN", help="two or more runs with other seeds: how far another training moves a value (default: what is known of the profile)"),
          _arg("--intervals", action="store_true", help="judge by the intervals alone, whatever another training would change"),
@@ -417,7 +421,7 @@ def compare(args) -> int:
     if args.html: print(f"-> {found.save_html(args.html)}")
     return found.status(args.strict)
 
-@command("what a profile will need before it is started: data, weights, disk, memory, hours a step", _arg("--profile", default="full", help="smoke, quick, study, full, or a YAML file"), _arg("--data", default="", help="folder of real data (default: HYPERFACE_DATA)"),
+@command("what a profile will need before it is started: data, weights, disk, memory, hours a step", _arg("--profile", default="full", help="smoke, quick, real, study, full, or a YAML file"), _arg("--data", default="", help="folder of real data (default: HYPERFACE_DATA)"),
          _arg("--models", default="", help="folder of ONNX models (default: HYPERFACE_MODELS)"), _arg("--measure", action="store_true", help="measure this machine's rates now, some seconds for each kind of work"),
          _arg("--seconds", type=float, default=2., help="of a probe"), _arg("--last", default="reports/quick", help="report whose step times serve where nothing is measured"),
          _arg("--tflops", type=float, default=None, help="of a GPU, as its maker states it: arithmetic instead of measured rates"), _arg("--share", type=float, default=.3, help="of the TFLOPS, assumed to be reached"), _arg("--csv", default=None, help="the table of steps"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .core import ConfigError, write_text
 
-# %% ../nbs/01_config.ipynb #437f7a71
+# %% ../nbs/01_config.ipynb #4dfb30e0
 def _checked(value, kind, where:str):
     "The value as the declared type, or a `ConfigError` that names the field."
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -43,13 +43,16 @@ def from_dict(kind,       # a dataclass
     try: return kind(**{name: _checked(value, hints[name], f"{where}.{name}".lstrip(".")) for name, value in values.items()})
     except TypeError as e: raise ConfigError(f"{where or kind.__name__}: {e}") from e
 
-def to_yaml(config) -> str:
+def to_yaml(config # a dataclass, its fields plain values
+            ) -> str:
     "A dataclass as YAML text, in the order of its fields."
     import yaml
     plain = lambda x: list(map(plain, x)) if isinstance(x, (tuple, list)) else {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else x
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
-def from_yaml(kind, path:str|Path):
+def from_yaml(kind,          # the dataclass to make
+              path:str|Path, # with some or all of its fields
+              ):             # one of that kind; fields that the file lacks keep their defaults
     "Read a dataclass from a YAML file; only plain values, never Python objects."
     import yaml
     try: values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -16,7 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/00_core.ipynb #505f1ac8
+# %% ../nbs/00_core.ipynb #259f39f3
+def _bare(value):
+    "Numpy's numbers as Python's, in lists and tuples too: -3 says more than np.int64(-3)."
+    if type(value) in (list, tuple): return type(value)(map(_bare, value))
+    if isinstance(value, np.floating): return float(str(value))                    # float32: .1, not 0.10000000149
+    return value.item() if isinstance(value, np.generic) else value
+
 class HyperfaceError(Exception):
     "Base of all errors raised on purpose: what is wrong, with which value, and what to do about it."
     def __init__(self,
@@ -25,7 +31,7 @@ class HyperfaceError(Exception):
                  remedy:str|None=None, # what to do: the exact command or the accepted values
                  ):
         self.problem, self.value, self.remedy = problem, value, remedy
-        shown = "" if value is None else f" (got {repr(value)[:200]})"
+        shown = "" if value is None else f" (got {repr(_bare(value))[:200]})"
         super().__init__(f"{problem}{shown}" + (f". {remedy}" if remedy else ""))
 
 class DataError(HyperfaceError, ValueError):
@@ -90,7 +96,7 @@ def find_model(name:str,     # file name, such as "det_500m.onnx", or a path
     raise MissingWeights(f"Model file {path.name} was not found ({where})", None,
         f"Put it in a folder and set HYPERFACE_MODELS to that folder; licence of the model: {licence}")
 
-# %% ../nbs/00_core.ipynb #9fdf9853
+# %% ../nbs/00_core.ipynb #d73b328f
 def derive_seed(seed:int, # the seed of the run, any integer
                 *keys,    # what the stream is for: strings, integers
                 ) -> int: # a 63-bit integer
@@ -98,11 +104,16 @@ def derive_seed(seed:int, # the seed of the run, any integer
     text = "\0".join([str(int(seed)), *map(str, keys)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
-def rng(seed:int, *keys) -> np.random.Generator:
+def rng(seed:int, # of the run, any integer
+        *keys,    # what the stream is for: strings, integers
+        ) -> np.random.Generator:
     "A numpy generator for one purpose: `rng(seed, 'identity', 7)`."
     return np.random.default_rng(derive_seed(seed, *keys))
 
-def torch_rng(seed:int, *keys, device="cpu"):
+def torch_rng(seed:int,     # of the run, any integer
+              *keys,        # what the stream is for: strings, integers
+              device="cpu", # where it draws; other devices draw other numbers
+              ):
     "A `torch.Generator` for one purpose."
     import torch
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))
@@ -148,7 +159,7 @@ def set_threads(n:int|None=None # as `thread_count` takes it
     torch.set_num_threads(n)
     return n
 
-# %% ../nbs/00_core.ipynb #3efee2ac
+# %% ../nbs/00_core.ipynb #e4767156
 @contextlib.contextmanager
 def atomic_path(path:str|Path, # the final place
                 ):
@@ -171,16 +182,20 @@ def atomic_path(path:str|Path, # the final place
         temporary.unlink(missing_ok=True)
         raise
 
-def write_bytes(path:str|Path, content:bytes) -> Path:
+def write_bytes(path:str|Path, # the file; its folder is made
+                content:bytes, # all of it
+                ) -> Path:     # the file
     "Write bytes atomically."
     with atomic_path(path) as temporary: temporary.write_bytes(content)
     return Path(path)
 
-def write_text(path:str|Path, content:str) -> Path:
+def write_text(path:str|Path, # the file; its folder is made
+               content:str,   # all of it
+               ) -> Path:     # the file
     "Write UTF-8 text atomically."
     return write_bytes(path, content.encode())
 
-# %% ../nbs/00_core.ipynb #7bade5bf
+# %% ../nbs/00_core.ipynb #6c2467e4
 def _plain(x):
     "Numpy, paths and dataclasses as what JSON knows; not finite becomes None."
     if is_dataclass(x) and not isinstance(x, type): return _plain(asdict(x))
@@ -193,21 +208,27 @@ def _plain(x):
     if isinstance(x, Path): return str(x)
     return x
 
-def write_json(path:str|Path, content) -> Path:
+def write_json(path:str|Path, # the file; its folder is made
+               content,       # dictionaries, lists, numbers, strings
+               ) -> Path:     # the file
     "Write JSON atomically; numpy numbers and arrays, paths and dataclasses are accepted."
     return write_text(path, json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
-def read_json(path:str|Path):
+def read_json(path:str|Path # a JSON file
+              ):            # what it holds
     "Read JSON; `DataError` names the file and the place if it is damaged."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise DataError(f"{path} is not JSON: {e}", None, "Delete it; it will be made again") from e
 
-def write_npz(path:str|Path, **arrays) -> Path:
+def write_npz(path:str|Path, # the file; its folder is made
+              **arrays,      # by name
+              ) -> Path:     # the file
     "Write arrays to a compressed `.npz` atomically."
     with atomic_path(path) as temporary, open(temporary, "wb") as f: np.savez_compressed(f, **arrays)
     return Path(path)
 
-def read_npz(path:str|Path) -> dict[str, np.ndarray]:
+def read_npz(path:str|Path # an .npz file
+             ) -> dict[str, np.ndarray]: # by name
     "Read an `.npz` (no pickled objects); `DataError` names the file if it is damaged."
     import zipfile, zlib
     try:

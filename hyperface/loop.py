@@ -18,7 +18,7 @@ import numpy as np
 from .config import from_yaml, to_yaml
 from .core import ConfigError, DataError, atomic_path, progress, rng, write_json, write_text
 
-# %% ../nbs/02_loop.ipynb #26c0e98b
+# %% ../nbs/02_loop.ipynb #cb9a6aa1
 def schedule(step:int,      # 0 is the first step
              total:int,     # steps of the whole run
              kind:str="cosine", # "constant", "cosine", "poly" or "steps"
@@ -30,13 +30,13 @@ def schedule(step:int,      # 0 is the first step
              ) -> float:    # in [0, 1]
     "Factor for the learning rate at a step."
     if total < 1 or warmup < 0 or warmup > total: raise ConfigError("schedule needs total >= 1 and 0 <= warmup <= total", (total, warmup))
+    if kind not in ("constant", "cosine", "poly", "steps"): raise ConfigError("schedule must be constant, cosine, poly or steps", kind)
     if step < warmup: return (step + 1)/warmup
     t = min(1.0, (step - warmup)/max(1, total - warmup))                # 0..1 after the warm-up
     if kind == "constant": return 1.0
     if kind == "cosine": return floor + (1 - floor)*.5*(1 + math.cos(math.pi*t))
     if kind == "poly": return floor + (1 - floor)*(1 - t)**power
-    if kind == "steps": return max(floor, factor**sum(step >= (d*total if 0 < d <= 1 and isinstance(d, float) else d) for d in drops))
-    raise ConfigError("schedule must be constant, cosine, poly or steps", kind)
+    return max(floor, factor**sum(step >= (d*total if 0 < d <= 1 and isinstance(d, float) else d) for d in drops))
 
 # %% ../nbs/02_loop.ipynb #6dd95d0e
 class EMA:
@@ -63,7 +63,7 @@ class EMA:
     def state_dict(self) -> dict: return dict(module=self.module.state_dict(), seen=self.seen)
     def load_state_dict(self, state:dict) -> None: self.module.load_state_dict(state["module"]); self.seen = state["seen"]
 
-# %% ../nbs/02_loop.ipynb #a6748333
+# %% ../nbs/02_loop.ipynb #17d5cb88
 class JsonLog:
     "A log of one JSON object a line."
     def __init__(self, path:str|Path, # made if absent, else continued
@@ -82,7 +82,8 @@ class JsonLog:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-def read_log(path:str|Path) -> list[dict]:
+def read_log(path:str|Path # a .jsonl file; one that is not there is empty
+             ) -> list[dict]: # one for each line
     "All whole lines of a log; a torn last line is left out, a torn line elsewhere is an error."
     if not Path(path).exists(): return []
     lines, found = Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), []
@@ -139,7 +140,7 @@ class LossGuard:
             raise DataError(f"The loss was not finite {self.bad} times in a row", float(loss), "Lower the learning rate, or look for NaN in the images and labels; the last checkpoint is sound")
         return False
 
-# %% ../nbs/02_loop.ipynb #d5644db8
+# %% ../nbs/02_loop.ipynb #510cb3d0
 @lru_cache(4)
 def _order(seed:int, epoch:int, n:int) -> np.ndarray:
     "The permutation of an epoch."
@@ -148,18 +149,28 @@ def _order(seed:int, epoch:int, n:int) -> np.ndarray:
 def batch_rows(step:int,  # 0 is the first
                n:int,     # images
                batch:int, # images of a step, over all processes
-               seed:int,
-               rank:int=0, world:int=1) -> np.ndarray: # (batch/world,) positions
+               seed:int,  # of the order
+               rank:int=0,  # of this process, from 0
+               world:int=1, # processes
+               ) -> np.ndarray: # (batch/world,) positions
     "The images of a step."
     per_epoch = steps_per_epoch(n, batch)
     epoch, k = divmod(step, per_epoch)
     return _order(seed, epoch, n)[k*batch:(k + 1)*batch][rank::world]
 
-def steps_per_epoch(n:int, batch:int) -> int:
+def steps_per_epoch(n:int,     # images
+                    batch:int, # images of a step, over all processes
+                    ) -> int:
     "Whole batches in n images; one where there are fewer."
     return max(1, n//batch)
 
-def stream_rows(step:int, n:int, batch:int, seed:int, rank:int=0, world:int=1) -> np.ndarray: # (batch/world,) positions
+def stream_rows(step:int,    # 0 is the first
+                n:int,       # images
+                batch:int,   # images of a step, over all processes
+                seed:int,    # of the order
+                rank:int=0,  # of this process, from 0
+                world:int=1, # processes
+                ) -> np.ndarray: # (batch/world,) positions
     "The images of a step where epochs do not matter: an endless stream of permutations, all batches whole."
     at = np.arange(step*batch, (step + 1)*batch)[rank::world]
     epochs = at//n

@@ -55,7 +55,7 @@ def read_step(path:str|Path) -> Step:
     code = "\n\n".join(text(c) for c in cells if c["cell_type"] == "code" and "parameters" not in c.get("metadata", {}).get("tags", []))
     return Step(path.stem, path, heading, parameters, step.get("needs", []), step.get("reads", []), code)
 
-# %% ../nbs/90_pipeline.ipynb #12ab488c
+# %% ../nbs/90_pipeline.ipynb #8d8bf8fc
 def notebooks_dir() -> Path:
     "The folder of the paper's notebooks: `HYPERFACE_NOTEBOOKS`, else `nbs/paper` of the repository."
     path = Path(os.environ.get("HYPERFACE_NOTEBOOKS") or project_root()/"nbs"/"paper")
@@ -65,11 +65,14 @@ def notebooks_dir() -> Path:
 def find_steps(folder:str|Path|None=None # None takes `notebooks_dir()`
                ) -> dict[str, Step]:     # name -> step, in an order that can be run
     "All steps; unknown needs and circles are refused."
-    found = {p.stem: read_step(p) for p in sorted(Path(folder or notebooks_dir()).glob("[!._]*.ipynb"))}
-    if not found: raise ConfigError("There are no notebooks", str(folder))
+    folder = Path(folder or notebooks_dir())
+    found = {p.stem: read_step(p) for p in sorted(folder.glob("[!._]*.ipynb"))}
+    if not found: raise ConfigError("There are no notebooks in the folder", str(folder))
     for step in found.values():
         for need in step.needs:
-            if need not in found: raise ConfigError(f"{step.name} needs a step that does not exist", need, f"Did you mean {difflib.get_close_matches(need, found, 1)}?")
+            if need in found: continue
+            near = difflib.get_close_matches(need, found, 1)
+            raise ConfigError(f"{step.name} needs a step that does not exist", need, f"Did you mean {near[0]}?" if near else f"Steps: {', '.join(found)}")
     ordered, waiting = {}, dict(found)
     while waiting:
         ready = [s for s in waiting.values() if all(n in ordered for n in s.needs)]
@@ -351,9 +354,15 @@ def _finish(steps, out, parameters, sizes, records, started, fresh) -> dict:
         build_page(out)
     return summary | dict(out=str(out))
 
-# %% ../nbs/90_pipeline.ipynb #6168121a
-def status(profile:str="quick", seed:int|None=None, data:str="", models:str="", out:str|Path|None=None, folder:str|Path|None=None):
-    "A data frame: step, state (fresh, or why it would run), seconds of the last run, title. `seed=None` takes the last run's."
+# %% ../nbs/90_pipeline.ipynb #eeade4f6
+def status(profile:str="quick",  # name or YAML file
+           seed:int|None=None,   # None takes the last run's
+           data:str="",          # folder of real data; empty takes HYPERFACE_DATA
+           models:str="",        # folder of ONNX models; empty takes HYPERFACE_MODELS
+           out:str|Path|None=None, # report folder; None takes reports/<profile>
+           folder:str|Path|None=None, # of the notebooks; None takes `notebooks_dir()`
+           ):                    # DataFrame: step, state (fresh, or why it would run), seconds of the last run, title
+    "Every step, and whether `reproduce` would run it; nothing is run or written."
     import pandas as pd
     out = Path(out).expanduser().resolve() if out else project_root()/"reports"/load_profile(profile).name
     for variable, value in (("HYPERFACE_DATA", data), ("HYPERFACE_MODELS", models)):

@@ -169,3 +169,18 @@ def test_read_only_target_says_so(paper, tmp_path):
     out.mkdir(mode=0o500)
     done = run(paper, "reproduce", "--profile", "smoke", "--out", str(out))
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_an_unknown_need_or_an_empty_folder_is_named(paper, tmp_path, monkeypatch):
+    from hyperface.core import ConfigError
+    from hyperface.pipeline import find_steps
+    for wrong, says in (("e1_slwo", "Did you mean e1_slow?"), ("zzzz", "Steps: e1_slow, e2_other, t1_sum")):
+        write_toy(paper, "t1_sum", [wrong], "")
+        with pytest.raises(ConfigError) as error:
+            find_steps(paper)
+        assert says in str(error.value)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("HYPERFACE_NOTEBOOKS", str(tmp_path / "empty"))
+    with pytest.raises(ConfigError) as error:
+        find_steps()
+    assert str(tmp_path / "empty") in str(error.value)

@@ -66,7 +66,7 @@ class FeatureMoments:
         if self.n < 2: raise DataError("a covariance needs at least 2 rows", self.n)
         return self.scatter/(self.n - 1)
 
-# %% ../../nbs/44_generation.ipynb #377cb259
+# %% ../../nbs/44_generation.ipynb #e6b0ffd8
 def _root(covariance:np.ndarray) -> np.ndarray: # (D, r)
     "`L` with `L @ L.T` equal to a symmetric positive semi-definite matrix."
     value, vector = np.linalg.eigh((covariance + covariance.T)/2)
@@ -74,7 +74,9 @@ def _root(covariance:np.ndarray) -> np.ndarray: # (D, r)
     keep = value > value.max(initial=0)*1e-15
     return vector[:, keep]*np.sqrt(value[keep])
 
-def frechet_from_moments(a:FeatureMoments, b:FeatureMoments) -> float:
+def frechet_from_moments(a:FeatureMoments, # of one set
+                         b:FeatureMoments, # of the other, as many columns
+                         ) -> float:       # >= 0, 0 for equal moments; the unit is that of the features, squared
     "Squared Fréchet distance of the normal distributions with these moments (Dowson and Landau 1982)."
     if len(a.mean) != len(b.mean): raise DataError("real and fake must have the same number of columns", (len(a.mean), len(b.mean)))
     s1, s2 = a.covariance, b.covariance

@@ -279,7 +279,7 @@ class Similarities:
         missed = np.r_[0, np.cumsum(self.genuine)]
         with np.errstate(invalid="ignore"): return accepted/self.impostor.sum(), missed/self.genuine.sum()
 
-# %% ../../nbs/43_quality.ipynb #277abed1
+# %% ../../nbs/43_quality.ipynb #7544dcc4
 def _eer(fmr:np.ndarray, fnmr:np.ndarray, edges:np.ndarray) -> tuple[float, float]:
     "Equal error rate and its threshold, straight lines between the edges; nan without both kinds of pair."
     gap = fnmr - fmr                                                    # grows from -1 to 1
@@ -288,7 +288,8 @@ def _eer(fmr:np.ndarray, fnmr:np.ndarray, edges:np.ndarray) -> tuple[float, floa
     t = 0. if gap[right] == gap[left] else -gap[left]/(gap[right] - gap[left])
     return float(fmr[left] + t*(fmr[right] - fmr[left])), float(edges[left] + t*(edges[right] - edges[left]))
 
-def separability(similarities:Similarities) -> pd.Series:
+def separability(similarities:Similarities # counted pair similarities
+                 ) -> pd.Series:           # by name; rates and AUC in [0, 1]
     "Overlap, EER, its threshold, AUC, d' and the moments of both distributions."
     s = similarities
     (mg, sg), (mi, si) = s.mean_std("genuine"), s.mean_std("impostor")

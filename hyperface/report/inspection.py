@@ -216,7 +216,7 @@ def measure_faults(subject:Subject,
         between = similarity_distributions(centre, names, bins=200, max_pairs=max_pairs, seed=seed).impostor
     return Faults(noise, printed, list_findings(subject, x, noise, leaks, train, references), fit, between, mean, leaks)
 
-# %% ../../nbs/84a_inspection.ipynb #bebdee9e
+# %% ../../nbs/84a_inspection.ipynb #27f68483
 def list_findings(subject:Subject,
                   vectors,            # (M, D) that decided
                   noise:NoiseReport,  # of them
@@ -234,7 +234,7 @@ def list_findings(subject:Subject,
     across = (labels[twice.a] != labels[twice.b]) if len(twice) else np.zeros(0, bool)
     parts = [_rows("wrong_folder", subject, there["index"], [at[k] for k in there.belongs_to], there.cosine, [f"looks like {k} ({c:.2f})" for k, c in zip(there.belongs_to, there.cosine_there)]),
              _rows("outlier", subject, out["index"][~moved], cosine=out.cosine[~moved]),
-             _rows("split", subject, [at[k] for k in one.a], [at[k] for k in one.b], one.corrected, [f"plain cosine {c:.2f}" for c in one.cosine]),
+             _rows("split", subject, [at[k] for k in one.a], [at[k] for k in one.b], np.minimum(one.corrected, 1), [f"plain cosine {c:.2f}" for c in one.cosine]),
              _rows("duplicate", subject, twice.a, twice.b, twice.cosine, np.where(across, "in two folders", ""))]
     if leaks is not None: parts.append(_rows("leak", subject, leaks.table["index"], leaks.table["training"], leaks.table.cosine, there=train))
     lacking = np.setdiff1d(np.arange(len(labels)), known)
@@ -446,9 +446,9 @@ def _figure(figures:dict, *names) -> str:
     there = [figures[n] for n in names if n in figures]
     return '<div class="figs">' + "".join(f'<figure><img alt="{html.escape(alt, quote=True)}" src="{data_uri(png, "png")}"></figure>' for png, alt in there) + "</div>" if there else ""
 
-# %% ../../nbs/84a_inspection.ipynb #cce1e023
+# %% ../../nbs/84a_inspection.ipynb #59f06c33
 WORDS = dict(wrong_folder="{image} lies with <b>{identity}</b> (cosine {cosine:.2f} to the others there) and {note}.", outlier="{image} fits <b>{identity}</b> with a cosine of {cosine:.2f} only, and nobody else.",
-             split="<b>{identity}</b> and <b>{other_identity}</b> are alike by {cosine:.2f}, corrected for the size of the folders; {note}.", duplicate="Cosine {cosine:.3f}. {note}",
+             split="<b>{identity}</b> and <b>{other_identity}</b> have a cosine of {cosine:.2f}, corrected for the size of the folders; {note}.", duplicate="Cosine {cosine:.3f}. {note}",
              leak="Cosine {cosine:.2f} to the nearest training picture.", unlabelled="{image} has no identity.", unreadable="{image}: {note}")
 
 def finding_html(f:dict, # one row of the findings

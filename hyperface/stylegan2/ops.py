@@ -68,7 +68,7 @@ def _upsample(x, f, up, pad):
     else: y = y.unflatten(1, (-1, uy, ux)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
     return y[..., :height, :width]
 
-# %% ../../nbs/50_ops.ipynb #f64d2d72
+# %% ../../nbs/50_ops.ipynb #ab4d55fe
 def upfirdn2d(x:torch.Tensor,   # (N, C, H, W)
               f:torch.Tensor|None, # (k,) applied along both axes, (kh, kw), or None
               up=1,             # zeros inserted: one number or (x, y)
@@ -97,24 +97,42 @@ def _around(f, padding, up=1, down=1): # (left, right, top, bottom)
     side = lambda n: ((n + up - 1)//2, (n - up)//2) if down == 1 else ((n - down + 1)//2, (n - down)//2)
     return [a + b for a, b in zip(p, (*side(f.shape[-1]), *side(f.shape[0])))]
 
-def filter2d(x, f, padding=0, flip_filter=False, gain=1.0) -> torch.Tensor:
+def filter2d(x,             # (N, C, H, W)
+             f,             # (k,) or (kh, kw) filter, or None
+             padding=0,     # more than keeps the filter centred: one number, (x, y) or (left, right, top, bottom), at the images' size
+             flip_filter:bool=False, # True correlates, False convolves
+             gain:float=1.0, # factor on the result
+             ) -> torch.Tensor: # (N, C, H, W)
     "Filter; the size stays."
     return upfirdn2d(x, f, padding=_around(f, padding), flip_filter=flip_filter, gain=gain)
 
-def upsample2d(x, f, up:int=2, padding=0, flip_filter=False, gain=1.0) -> torch.Tensor:
+def upsample2d(x,             # (N, C, H, W)
+               f,             # (k,) or (kh, kw) filter, or None
+               up:int=2,      # factor
+               padding=0,     # more than keeps the filter centred: one number, (x, y) or (left, right, top, bottom), at the large size
+               flip_filter:bool=False, # True correlates, False convolves
+               gain:float=1.0, # factor on the result
+               ) -> torch.Tensor: # (N, C, up H, up W)
     "`up` times as large."
     return upfirdn2d(x, f, up=up, padding=_around(f, padding, up=up), flip_filter=flip_filter, gain=gain*up*up)
 
-def downsample2d(x, f, down:int=2, padding=0, flip_filter=False, gain=1.0) -> torch.Tensor:
+def downsample2d(x,             # (N, C, H, W)
+                 f,             # (k,) or (kh, kw) filter, or None
+                 down:int=2,    # factor
+                 padding=0,     # more than keeps the filter centred: one number, (x, y) or (left, right, top, bottom), at the large size
+                 flip_filter:bool=False, # True correlates, False convolves
+                 gain:float=1.0, # factor on the result
+                 ) -> torch.Tensor: # (N, C, H/down, W/down)
     "`down` times as small."
     return upfirdn2d(x, f, down=down, padding=_around(f, padding, down=down), flip_filter=flip_filter, gain=gain)
 
-# %% ../../nbs/50_ops.ipynb #d0fb994f
+# %% ../../nbs/50_ops.ipynb #b7e1365c
 ACTIVATIONS = {"linear": (lambda x, a: x, 1.0), "relu": (lambda x, a: F.relu(x), math.sqrt(2)), "lrelu": (lambda x, a: F.leaky_relu(x, a), math.sqrt(2)),
     "tanh": (lambda x, a: x.tanh(), 1.0), "sigmoid": (lambda x, a: x.sigmoid(), 1.0), "elu": (lambda x, a: F.elu(x), 1.0),
     "selu": (lambda x, a: F.selu(x), 1.0), "softplus": (lambda x, a: F.softplus(x), 1.0), "swish": (lambda x, a: x.sigmoid()*x, math.sqrt(2))}
 
-def activation_gain(act:str) -> float:
+def activation_gain(act:str # a name in `ACTIVATIONS`
+                    ) -> float:
     "The factor that keeps the variance; `ConfigError` for an unknown activation."
     if act not in ACTIVATIONS: raise ConfigError("unknown activation", act, "One of " + ", ".join(ACTIVATIONS))
     return ACTIVATIONS[act][1]
@@ -134,16 +152,16 @@ def bias_act(x:torch.Tensor,        # (N, C, ...)
     if gain != 1: x = x*gain
     return x if clamp is None else x.clamp(-clamp, clamp)
 
-# %% ../../nbs/50_ops.ipynb #3c0fc572
+# %% ../../nbs/50_ops.ipynb #baf54c47
 def conv2d_resample(x:torch.Tensor,       # (N, Cin, H, W)
                     w:torch.Tensor,       # (Cout, Cin / groups, kh, kw)
                     f:torch.Tensor|None=None, # resampling filter
                     up:int=1,             # factor up
                     down:int=1,           # factor down
                     padding=0,            # relative to the up-sampled image: one number, (x, y) or four
-                    groups:int=1,
+                    groups:int=1,         # of channels, convolved apart
                     flip_weight:bool=True, # True correlates, as `torch.nn.functional.conv2d` does
-                    flip_filter:bool=False,
+                    flip_filter:bool=False, # True correlates with f, False convolves
                     bias:torch.Tensor|None=None, # (Cout,) added to the result
                     ) -> torch.Tensor:
     "Convolution with optional up- and down-sampling."
@@ -174,7 +192,7 @@ def conv2d_resample(x:torch.Tensor,       # (N, Cin, H, W)
     if left == right >= 0 and top == bottom >= 0: return F.conv2d(x, w, bias, padding=(top, left), groups=groups)
     return F.conv2d(F.pad(x, (left, right, top, bottom)), w, bias, groups=groups)
 
-# %% ../../nbs/50_ops.ipynb #657291d1
+# %% ../../nbs/50_ops.ipynb #12642093
 def demodulation(weight:torch.Tensor, # (Cout, Cin, kh, kw)
                  styles:torch.Tensor, # (N, Cin)
                  ) -> torch.Tensor:   # (N, Cout)
@@ -185,10 +203,12 @@ def modulated_conv2d(x:torch.Tensor,       # (N, Cin, H, W)
                      weight:torch.Tensor,  # (Cout, Cin, kh, kw)
                      styles:torch.Tensor,  # (N, Cin)
                      noise:torch.Tensor|None=None, # added to the result, broadcast
-                     up:int=1, down:int=1, padding=0,
-                     resample_filter:torch.Tensor|None=None,
+                     up:int=1,             # factor up
+                     down:int=1,           # factor down
+                     padding=0,            # relative to the up-sampled image: one number, (x, y) or four
+                     resample_filter:torch.Tensor|None=None, # of `setup_filter`
                      demodulate:bool=True, # scale each output filter to unit norm
-                     flip_weight:bool=True,
+                     flip_weight:bool=True, # True correlates, as `torch.nn.functional.conv2d` does
                      fused_modconv:bool=False, # one grouped convolution with a weight for each sample
                      gain:float=1.0,       # factor on the convolution, not on the noise
                      ) -> torch.Tensor:
