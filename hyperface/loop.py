@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['schedule', 'EMA', 'JsonLog', 'read_log', 'Checkpoints', 'LossGuard', 'batch_rows', 'steps_per_epoch', 'stream_rows',
-           'writable_folder', 'disk_error', 'TickedTraining', 'average_gradients', 'descend', 'cached_folder',
-           'resume_run', 'fit_ticks']
+           'writable_folder', 'disk_error', 'TickedTraining', 'average_gradients', 'descend', 'finite_mean',
+           'cached_folder', 'resume_run', 'fit_ticks']
 
 # %% ../nbs/02_loop.ipynb #26a6e257
 import contextlib, json, math, shutil, time, warnings
@@ -217,7 +217,7 @@ class TickedTraining:
         import pandas as pd
         return pd.DataFrame(self.history)
 
-# %% ../nbs/02_loop.ipynb #e100c503
+# %% ../nbs/02_loop.ipynb #eb08c64f
 def average_gradients(module, ranks) -> bool: # torch module; `Ranks`
     "Average the gradients over the processes; whether they are finite."
     import torch
@@ -240,6 +240,12 @@ def descend(self, loss,    # scalar with a graph
         if clip: torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimiser.step()
     return value
+
+def finite_mean(values # numbers of the steps of a tick
+                ) -> float:
+    "Their mean over those that are finite: a step that was skipped is counted in `skipped`, not averaged. NaN where none is."
+    finite = np.float64(values)[np.isfinite(np.float64(values))]
+    return float(finite.mean()) if len(finite) else math.nan
 
 def cached_folder(folder, # of a run in the cache, named after its configuration
                   config, # the configuration, a dataclass
@@ -268,7 +274,7 @@ def resume_run(self) -> int: # steps that the newest checkpoint has behind it
         self.resumed()
     return step
 
-# %% ../nbs/02_loop.ipynb #f929e17c
+# %% ../nbs/02_loop.ipynb #a1c9c434
 def fit_ticks(self, stop_at:int|None=None # end after so many steps, as if interrupted; the same call without it goes on
               ):                          # the training
     "Train to the end, or go on to it."
@@ -285,7 +291,7 @@ def fit_ticks(self, stop_at:int|None=None # end after so many steps, as if inter
                 sums.append(self.step(step)); step += 1; self.done = step; bar.update(c.batch)
                 if step % per_tick and step != end: continue
                 seconds = time.perf_counter() - began; self.seconds += seconds
-                means = {k: float(np.mean([line[k] for line in sums if k in line])) for k in dict.fromkeys(k for line in sums for k in line)}
+                means = {k: finite_mean([line[k] for line in sums if k in line]) for k in dict.fromkeys(k for line in sums for k in line)}
                 line = dict(step=step - 1, kimg=step*c.batch/1000, **self.tick(means), skipped=self.skipped, images_per_s=(step - before)*c.batch/seconds, seconds=round(self.seconds, 2))
                 self.history.append(line); bar.set_postfix_str(self.remark(line))
                 if not self.ranks.rank: _leave(self, step, -(-step//per_tick), step == end, log, line)

@@ -18,7 +18,7 @@ from torch import nn
 from ..core import ConfigError, DataError
 from ..weights import load_strict, read_checkpoint
 
-# %% ../../nbs/61_vec2face_losses.ipynb #c3c925ec
+# %% ../../nbs/61_vec2face_losses.ipynb #f8ea5c6e
 def ssim(x, y,              # (N, C, H, W), the same shape
          value_range:float=2., # L: 2 for images in [-1, 1]
          size:int=11,       # of the window, odd; at most H and W
@@ -29,6 +29,7 @@ def ssim(x, y,              # (N, C, H, W), the same shape
     if size % 2 != 1 or size > min(x.shape[-2:]): raise ConfigError("the window must be odd and fit into the image", (size, tuple(x.shape[-2:])))
     at = torch.arange(size, device=x.device, dtype=x.dtype) - size//2
     w = torch.exp(-at**2/(2*sigma**2)); w = w/w.sum(); c = x.shape[1]
+    @torch.autocast(x.device.type, enabled=False)                          # variances are small differences: in bf16 they lose all digits
     def local(a): return F.conv2d(F.conv2d(a, w.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c), w.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
     mx, my = local(x), local(y)
     vx, vy, cov = local(x*x) - mx**2, local(y*y) - my**2, local(x*y) - mx*my
