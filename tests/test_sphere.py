@@ -429,8 +429,9 @@ def test_extend_keeps_old_rows_and_separates_new_ones():
 
 
 def test_low_precision_ends_near_full_precision():
-    a, b = (packing.pack(500, 64, symmetry="none", init="random", max_steps=120, low_precision=low) for low in (False, True))
-    assert abs(a.min_angle_deg - b.min_angle_deg) < .15
+    "On average: from one seed to another the angle of either varies by as much as .15 degrees."
+    full, low = (np.mean([packing.pack(500, 64, symmetry="none", init="random", max_steps=120, low_precision=low, seed=seed).min_angle_deg for seed in range(8)]) for low in (False, True))
+    assert abs(full - low) < .15
 
 
 def test_save_and_load(tmp_path):
@@ -503,9 +504,9 @@ from hyperface.core import rng
 from hyperface.sphere.geometry import unit
 from hyperface.sphere.packing import extend, pack
 gallery = unit(rng(0, "gallery").standard_normal((500, 32)) + .4)
-free = pack(1500, 64, symmetry="none", init="random", max_steps=120, seed=0, checkpoint=sys.argv[1] + ".state.npz", checkpoint_every=0)
+free = pack(1500, 64, symmetry="none", init="random", max_steps=120, seed=0, low_precision=False, checkpoint=sys.argv[1] + ".state.npz", checkpoint_every=0)
 orbit = pack(1500, 64, max_steps=200, seed=0)
-tied = pack(300, 32, gallery=gallery, min_anchor_cosine=.9, max_steps=40, seed=0)
+tied = pack(300, 32, gallery=gallery, min_anchor_cosine=.9, max_steps=40, seed=0, low_precision=False)
 grown = extend(gallery[:300], 61, max_steps=30)
 rank = os.environ.get("RANK", "0")
 found = {k: [r.min_angle_deg, float(np.float64(r.points).sum()), r.gallery_distance if k == "tied" else 0.] for k, r in dict(free=free, orbit=orbit, tied=tied, grown=grown).items()}
