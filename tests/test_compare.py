@@ -221,11 +221,11 @@ def test_a_spread_of_other_runs_is_refused(tmp_path):
 
 
 def test_the_shipped_spread_is_of_tables_that_exist_and_is_used(tmp_path):
-    spread = known_spread("quick")
+    spread = known_spread("smoke")
     assert len(spread) and (spread.spread > 0).all() and (spread.runs >= 3).all() and spread.commit.str.len().min() >= 7
     line = spread.iloc[0]
     for seed, value in ((0, 10.), (1, 10. + 2*line.spread)):
-        pd.DataFrame([dict(table=line.table, row="r", column=line.column, value=value, low=value - line.spread/100, high=value + line.spread/100, profile="quick", seed=seed)]).to_parquet(tmp_path / str(seed))
+        pd.DataFrame([dict(table=line.table, row="r", column=line.column, value=value, low=value - line.spread/100, high=value + line.spread/100, profile="smoke", seed=seed)]).to_parquet(tmp_path / str(seed))
     assert compare(tmp_path / "0", tmp_path / "1").counts["within"] == 1 and compare(tmp_path / "0", tmp_path / "1", False).counts["beyond"] == 1
 
 
