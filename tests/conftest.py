@@ -47,7 +47,7 @@ def smoke_report(tmp_path_factory) -> Path:
     out, log = shared / "smoke", shared / "smoke.log"
     with FileLock(shared / "smoke.lock"):
         if not log.exists():
-            done = subprocess.run([sys.executable, "-m", "hyperface.cli", "reproduce", "--profile", "smoke", "--out", str(out)], capture_output=True, text=True, timeout=1800)
+            done = subprocess.run([sys.executable, "-m", "hyperface.cli", "reproduce", "--profile", "smoke", "--out", str(out), "-j", "2"], capture_output=True, text=True, timeout=1800)
             log.write_text(f"exit {done.returncode}\n{done.stdout[-5000:]}{done.stderr[-5000:]}")
     assert log.read_text().startswith("exit 0\n"), log.read_text()
     return out
